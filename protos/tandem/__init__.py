@@ -1,0 +1,1 @@
+"""Stubs generated from Tandem's protobuf contracts."""

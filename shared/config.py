@@ -1,0 +1,183 @@
+"""The configuration of every process: one `tandem.yaml`, then the environment, then flags, read once and frozen.
+
+    config = load_config(path="tandem.yaml", overrides={"decode": {"max_running": 8}})
+
+The environment uses `TANDEM_` and `__` between levels: `TANDEM_DECODE__MAX_RUNNING=8`. Unknown keys, values out of range and
+contradictions are refused with the field's name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_PATH = Path("tandem.yaml")
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names each field and what is wrong with it."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class GatewayConfig(Section):
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Port = Field(50051, description="gRPC port, 0 = any free one")
+    http_port: Port = Field(8080, description="OpenAI HTTP port, 0 = any free one")
+    prefill_workers: tuple[str, ...] = Field(("127.0.0.1:50061",), description="host:port of each prefill worker")
+    decode_workers: tuple[str, ...] = Field(("127.0.0.1:50071",), description="host:port of each decode worker")
+    max_running: Positive = Field(256, description="requests in progress at once")
+    max_queued: int = Field(512, ge=0, description="requests waiting for a place; one more is RESOURCE_EXHAUSTED")
+    default_deadline_s: Seconds = Field(600.0, description="budget of a request whose client sets no deadline, seconds")
+    resume_window_s: float = Field(
+        30.0, ge=0, description="how long a request with a request_id outlives its connection or its end, seconds"
+    )
+    local_prefill_tokens: int = Field(
+        0, ge=0, description="prompts of up to this many tokens are prefilled by the decode worker; 0 = none"
+    )
+    max_attempts: Positive = Field(4, description="handoffs tried for a request before it is UNAVAILABLE")
+    max_message_bytes: Positive = Field(16 << 20, description="largest message accepted, bytes")
+
+
+class PrefillConfig(Section):
+    host: str = Field("127.0.0.1", description="address to listen on, and the one told to decode workers")
+    port: Port = Field(50061, description="gRPC port, 0 = any free one")
+    kv_memory_mib: Positive = Field(256, description="size of the KV pool, MiB")
+    num_blocks: Positive | None = Field(None, description="size of the KV pool in blocks, instead of kv_memory_mib")
+    chunk_tokens: Positive = Field(512, description="tokens of one prompt computed in one step at most")
+    batch_tokens: Positive = Field(512, description="tokens of all prompts computed in one step at most")
+    max_running: Positive = Field(64, description="prompts that hold blocks at once")
+    max_waiting: int = Field(256, ge=0, description="prompts waiting for blocks; one more is RESOURCE_EXHAUSTED")
+    prefix_cache: bool = Field(True, description="keep the blocks of finished prompts for prompts that begin alike")
+
+
+class DecodeConfig(Section):
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Port = Field(50071, description="gRPC port, 0 = any free one")
+    kv_memory_mib: Positive = Field(512, description="size of the KV pool, MiB")
+    num_blocks: Positive | None = Field(None, description="size of the KV pool in blocks, instead of kv_memory_mib")
+    max_running: Positive = Field(64, description="sequences in one step at most")
+    max_waiting: int = Field(256, ge=0, description="requests waiting for blocks; one more is RESOURCE_EXHAUSTED")
+    chunk_tokens: Positive = Field(256, description="prompt tokens computed in one step when prefilling here")
+    prefix_cache: bool = Field(True, description="keep the blocks of finished requests for prompts that begin alike")
+    preemption: Literal["swap", "recompute"] = Field(
+        "swap", description="what becomes of a sequence's blocks when others need them"
+    )
+    swap_memory_mib: int = Field(256, ge=0, description="host memory for swapped blocks, MiB; beyond it: recompute")
+
+
+class TransportConfig(Section):
+    require: Literal["shared_memory", "inline"] | None = Field(
+        None, description="refuse to start, and to import, on a transport below this one"
+    )
+    disable: tuple[Literal["shared_memory"], ...] = Field((), description="transports not to use")
+    checksum: bool = Field(False, description="send and check a CRC-32 of every extent")
+    socket_dir: Path | None = Field(None, description="folder of the unix sockets; default: a private temporary one")
+
+
+class UpConfig(Section):
+    prefill: int = Field(1, ge=0, description="prefill workers started by `tandem up`")
+    decode: Positive = Field(1, description="decode workers started by `tandem up`")
+
+
+class TandemConfig(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="TANDEM_",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+    )
+
+    model: str = Field(DEFAULT_MODEL, description="built-in name, Hugging Face id, folder or .gguf file")
+    served_name: str | None = Field(None, description="name that clients use; default: the last part of `model`")
+    device: Literal["auto", "cpu"] = Field("auto", description="where the engine runs")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto = bfloat16")
+    block_tokens: Positive = Field(16, description="tokens in a KV block, a power of two")
+    max_context: Positive | None = Field(None, description="tokens of prompt and output; default: the model's own")
+    threads: Positive | None = Field(None, description="CPU threads of each worker; default: all cores")
+    allow_pickle: bool = Field(False, description="accept pickle checkpoints (.bin, .pt), read with weights_only")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line logged")
+    drain_s: float = Field(5.0, ge=0, description="time that running requests have to finish at SIGTERM, seconds")
+    gateway: GatewayConfig = GatewayConfig()
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig()
+    transport: TransportConfig = TransportConfig()
+    up: UpConfig = UpConfig()
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients use."""
+        return self.served_name or Path(self.model).name.removesuffix(".gguf")
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> TandemConfig:
+        if self.block_tokens & (self.block_tokens - 1):
+            raise ValueError(f"block_tokens: {self.block_tokens} is not a power of two; use 16, 32, 64 or 128")
+        if self.transport.require in self.transport.disable:
+            raise ValueError(
+                f"transport.require: {self.transport.require} is also in transport.disable; remove it from one of them"
+            )
+        if not self.gateway.decode_workers:
+            raise ValueError("gateway.decode_workers: empty; name at least one decode worker as host:port")
+        if self.prefill.chunk_tokens > self.prefill.batch_tokens:
+            raise ValueError(
+                f"prefill.chunk_tokens: {self.prefill.chunk_tokens} exceeds prefill.batch_tokens "
+                f"({self.prefill.batch_tokens}); lower the one or raise the other"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags win over the environment, the environment over the file."""
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def load_config(path: Path | None = None, overrides: dict[str, Any] | None = None) -> TandemConfig:
+    """Reads the configuration.
+
+    path: a YAML file; default: `tandem.yaml` in the working folder, if there is one.
+    overrides: nested values from flags; they win over the environment and the file.
+    Raises ConfigError that names every field at fault.
+    """
+    if path is not None and not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    source = path or (DEFAULT_PATH if DEFAULT_PATH.is_file() else None)
+
+    class FromFile(TandemConfig):
+        model_config = SettingsConfigDict(yaml_file=source, title="TandemConfig")
+
+    try:
+        # through the base class, so that every process compares and prints the same type
+        return TandemConfig.model_construct(**_values(FromFile(**(overrides or {}))))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(e) for e in error.errors())) from None
+
+
+def _values(config: TandemConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in TandemConfig.model_fields}
+
+
+def _describe(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{field}: unknown key; `tandem config` lists the known ones"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{field}: {message} (got {error['input']!r})" if field else message
