@@ -2,8 +2,8 @@
 
     config = load_config(path="tandem.yaml", overrides={"decode": {"max_running": 8}})
 
-The environment uses `TANDEM_` and `__` between levels: `TANDEM_DECODE__MAX_RUNNING=8`. Unknown keys, values out of range and
-contradictions are refused with the field's name.
+The environment uses `TANDEM_` and `__` between levels: `TANDEM_DECODE__MAX_RUNNING=8`. Unknown keys, values out of
+range and contradictions are refused with the field's name.
 """
 
 from __future__ import annotations
@@ -31,63 +31,87 @@ class Section(BaseModel):
 
 
 class GatewayConfig(Section):
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: Port = Field(50051, description="gRPC port, 0 = any free one")
-    http_port: Port = Field(8080, description="OpenAI HTTP port, 0 = any free one")
-    prefill_workers: tuple[str, ...] = Field(("127.0.0.1:50061",), description="host:port of each prefill worker")
-    decode_workers: tuple[str, ...] = Field(("127.0.0.1:50071",), description="host:port of each decode worker")
-    max_running: Positive = Field(256, description="requests in progress at once")
-    max_queued: int = Field(512, ge=0, description="requests waiting for a place; one more is RESOURCE_EXHAUSTED")
-    default_deadline_s: Seconds = Field(600.0, description="budget of a request whose client sets no deadline, seconds")
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: Port = Field(default=50051, description="gRPC port, 0 = any free one")
+    http_port: Port = Field(default=8080, description="OpenAI HTTP port, 0 = any free one")
+    prefill_workers: tuple[str, ...] = Field(
+        default=("127.0.0.1:50061",), description="host:port of each prefill worker"
+    )
+    decode_workers: tuple[str, ...] = Field(default=("127.0.0.1:50071",), description="host:port of each decode worker")
+    max_running: Positive = Field(default=256, description="requests in progress at once")
+    max_queued: int = Field(
+        default=512, ge=0, description="requests waiting for a place; one more is RESOURCE_EXHAUSTED"
+    )
+    default_deadline_s: Seconds = Field(
+        default=600.0, description="budget of a request whose client sets no deadline, seconds"
+    )
     resume_window_s: float = Field(
-        30.0, ge=0, description="how long a request with a request_id outlives its connection or its end, seconds"
+        default=30.0,
+        ge=0,
+        description="how long a request with a request_id outlives its connection or its end, seconds",
     )
     local_prefill_tokens: int = Field(
-        0, ge=0, description="prompts of up to this many tokens are prefilled by the decode worker; 0 = none"
+        default=0, ge=0, description="prompts of up to this many tokens are prefilled by the decode worker; 0 = none"
     )
-    max_attempts: Positive = Field(4, description="handoffs tried for a request before it is UNAVAILABLE")
-    max_message_bytes: Positive = Field(16 << 20, description="largest message accepted, bytes")
+    max_attempts: Positive = Field(default=4, description="handoffs tried for a request before it is UNAVAILABLE")
+    max_message_bytes: Positive = Field(default=16 << 20, description="largest message accepted, bytes")
 
 
 class PrefillConfig(Section):
-    host: str = Field("127.0.0.1", description="address to listen on, and the one told to decode workers")
-    port: Port = Field(50061, description="gRPC port, 0 = any free one")
-    kv_memory_mib: Positive = Field(256, description="size of the KV pool, MiB")
-    num_blocks: Positive | None = Field(None, description="size of the KV pool in blocks, instead of kv_memory_mib")
-    chunk_tokens: Positive = Field(512, description="tokens of one prompt computed in one step at most")
-    batch_tokens: Positive = Field(512, description="tokens of all prompts computed in one step at most")
-    max_running: Positive = Field(64, description="prompts that hold blocks at once")
-    max_waiting: int = Field(256, ge=0, description="prompts waiting for blocks; one more is RESOURCE_EXHAUSTED")
-    prefix_cache: bool = Field(True, description="keep the blocks of finished prompts for prompts that begin alike")
+    host: str = Field(default="127.0.0.1", description="address to listen on, and the one told to decode workers")
+    port: Port = Field(default=50061, description="gRPC port, 0 = any free one")
+    kv_memory_mib: Positive = Field(default=256, description="size of the KV pool, MiB")
+    num_blocks: Positive | None = Field(
+        default=None, description="size of the KV pool in blocks, instead of kv_memory_mib"
+    )
+    chunk_tokens: Positive = Field(default=512, description="tokens of one prompt computed in one step at most")
+    batch_tokens: Positive = Field(default=512, description="tokens of all prompts computed in one step at most")
+    max_running: Positive = Field(default=64, description="prompts that hold blocks at once")
+    max_waiting: int = Field(
+        default=256, ge=0, description="prompts waiting for blocks; one more is RESOURCE_EXHAUSTED"
+    )
+    prefix_cache: bool = Field(
+        default=True, description="keep the blocks of finished prompts for prompts that begin alike"
+    )
 
 
 class DecodeConfig(Section):
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: Port = Field(50071, description="gRPC port, 0 = any free one")
-    kv_memory_mib: Positive = Field(512, description="size of the KV pool, MiB")
-    num_blocks: Positive | None = Field(None, description="size of the KV pool in blocks, instead of kv_memory_mib")
-    max_running: Positive = Field(64, description="sequences in one step at most")
-    max_waiting: int = Field(256, ge=0, description="requests waiting for blocks; one more is RESOURCE_EXHAUSTED")
-    chunk_tokens: Positive = Field(256, description="prompt tokens computed in one step when prefilling here")
-    prefix_cache: bool = Field(True, description="keep the blocks of finished requests for prompts that begin alike")
-    preemption: Literal["swap", "recompute"] = Field(
-        "swap", description="what becomes of a sequence's blocks when others need them"
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: Port = Field(default=50071, description="gRPC port, 0 = any free one")
+    kv_memory_mib: Positive = Field(default=512, description="size of the KV pool, MiB")
+    num_blocks: Positive | None = Field(
+        default=None, description="size of the KV pool in blocks, instead of kv_memory_mib"
     )
-    swap_memory_mib: int = Field(256, ge=0, description="host memory for swapped blocks, MiB; beyond it: recompute")
+    max_running: Positive = Field(default=64, description="sequences in one step at most")
+    max_waiting: int = Field(
+        default=256, ge=0, description="requests waiting for blocks; one more is RESOURCE_EXHAUSTED"
+    )
+    chunk_tokens: Positive = Field(default=256, description="prompt tokens computed in one step when prefilling here")
+    prefix_cache: bool = Field(
+        default=True, description="keep the blocks of finished requests for prompts that begin alike"
+    )
+    preemption: Literal["swap", "recompute"] = Field(
+        default="swap", description="what becomes of a sequence's blocks when others need them"
+    )
+    swap_memory_mib: int = Field(
+        default=256, ge=0, description="host memory for swapped blocks, MiB; beyond it: recompute"
+    )
 
 
 class TransportConfig(Section):
     require: Literal["shared_memory", "inline"] | None = Field(
-        None, description="refuse to start, and to import, on a transport below this one"
+        default=None, description="refuse to start, and to import, on a transport below this one"
     )
-    disable: tuple[Literal["shared_memory"], ...] = Field((), description="transports not to use")
-    checksum: bool = Field(False, description="send and check a CRC-32 of every extent")
-    socket_dir: Path | None = Field(None, description="folder of the unix sockets; default: a private temporary one")
+    disable: tuple[Literal["shared_memory"], ...] = Field(default=(), description="transports not to use")
+    checksum: bool = Field(default=False, description="send and check a CRC-32 of every extent")
+    socket_dir: Path | None = Field(
+        default=None, description="folder of the unix sockets; default: a private temporary one"
+    )
 
 
 class UpConfig(Section):
-    prefill: int = Field(1, ge=0, description="prefill workers started by `tandem up`")
-    decode: Positive = Field(1, description="decode workers started by `tandem up`")
+    prefill: int = Field(default=1, ge=0, description="prefill workers started by `tandem up`")
+    decode: Positive = Field(default=1, description="decode workers started by `tandem up`")
 
 
 class TandemConfig(BaseSettings):
@@ -99,16 +123,26 @@ class TandemConfig(BaseSettings):
         validate_default=True,
     )
 
-    model: str = Field(DEFAULT_MODEL, description="built-in name, Hugging Face id, folder or .gguf file")
-    served_name: str | None = Field(None, description="name that clients use; default: the last part of `model`")
-    device: Literal["auto", "cpu"] = Field("auto", description="where the engine runs")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto = bfloat16")
-    block_tokens: Positive = Field(16, description="tokens in a KV block, a power of two")
-    max_context: Positive | None = Field(None, description="tokens of prompt and output; default: the model's own")
-    threads: Positive | None = Field(None, description="CPU threads of each worker; default: all cores")
-    allow_pickle: bool = Field(False, description="accept pickle checkpoints (.bin, .pt), read with weights_only")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line logged")
-    drain_s: float = Field(5.0, ge=0, description="time that running requests have to finish at SIGTERM, seconds")
+    model: str = Field(default=DEFAULT_MODEL, description="built-in name, Hugging Face id, folder or .gguf file")
+    served_name: str | None = Field(
+        default=None, description="name that clients use; default: the last part of `model`"
+    )
+    device: Literal["auto", "cpu"] = Field(default="auto", description="where the engine runs")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto = bfloat16")
+    block_tokens: Positive = Field(default=16, description="tokens in a KV block, a power of two")
+    max_context: Positive | None = Field(
+        default=None, description="tokens of prompt and output; default: the model's own"
+    )
+    threads: Positive | None = Field(default=None, description="CPU threads of each worker; default: all cores")
+    allow_pickle: bool = Field(
+        default=False, description="accept pickle checkpoints (.bin, .pt), read with weights_only"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least severe line logged"
+    )
+    drain_s: float = Field(
+        default=5.0, ge=0, description="time that running requests have to finish at SIGTERM, seconds"
+    )
     gateway: GatewayConfig = GatewayConfig()
     prefill: PrefillConfig = PrefillConfig()
     decode: DecodeConfig = DecodeConfig()

@@ -184,14 +184,17 @@ def to_trailers(error: RpcError) -> tuple[tuple[str, bytes], ...]:
     return ((DETAILS_KEY, status.SerializeToString()),)
 
 
-_DETAIL_TYPES: tuple[type[Message], ...] = (
-    error_details_pb2.ErrorInfo,
-    error_details_pb2.RetryInfo,
-    error_details_pb2.BadRequest,
-    error_details_pb2.QuotaFailure,
-    error_details_pb2.ResourceInfo,
-    error_details_pb2.PreconditionFailure,
-)
+_DETAIL_TYPES: dict[str, type[Message]] = {
+    kind.DESCRIPTOR.full_name: kind
+    for kind in (
+        error_details_pb2.ErrorInfo,
+        error_details_pb2.RetryInfo,
+        error_details_pb2.BadRequest,
+        error_details_pb2.QuotaFailure,
+        error_details_pb2.ResourceInfo,
+        error_details_pb2.PreconditionFailure,
+    )
+}
 
 
 def from_grpc(error: grpc.RpcError) -> RpcError:
@@ -204,11 +207,10 @@ def from_grpc(error: grpc.RpcError) -> RpcError:
         status = status_pb2.Status()
         status.ParseFromString(value if isinstance(value, bytes) else value.encode())
         for packed in status.details:
-            for kind in _DETAIL_TYPES:
-                if packed.Is(kind.DESCRIPTOR):
-                    detail = kind()
-                    packed.Unpack(detail)
-                    details.append(detail)
+            if kind := _DETAIL_TYPES.get(packed.TypeName()):
+                detail = kind()
+                packed.Unpack(detail)
+                details.append(detail)
     return RpcError(error.code(), error.details() or code_pb2.Code.Name(error.code().value[0]), tuple(details))
 
 
@@ -219,7 +221,7 @@ async def abort(context: grpc.aio.ServicerContext, error: RpcError) -> None:
 
 
 def handler(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a servicer's method, unary (async def) or streaming (async generator), so that RpcError becomes a status.
+    """Decorates a servicer's method, unary (async def) or streaming (async generator): RpcError becomes a status.
 
     Cancellation passes through: it is how a client's end reaches the work.
     """
@@ -261,7 +263,8 @@ class Health:
 
     def __init__(self, server: grpc.aio.Server, service_names: list[str]) -> None:
         self._services = service_names
-        self._servicer = health.aio.HealthServicer()
+        # `aio` is public in grpcio-health-checking; the type stubs do not know it
+        self._servicer = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._serving: bool | None = None
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
         reflection.enable_server_reflection([*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
