@@ -1,0 +1,1 @@
+"""The decoder, and what it has to know of a model."""
