@@ -1,0 +1,142 @@
+"""Paged attention for ragged prefill, prefill after a cached prefix, and decode.
+
+    out[t, h] = softmax(scale * q[t, h] @ K[: p + 1].T) @ V[: p + 1]          p = absolute position of token t
+
+K and V are the sequence's keys and values of kv head `h // (heads / kv_heads)`, gathered through its block table; with a
+sliding window W only positions p - W + 1 .. p count. Sequence s owns the query tokens cu_seqlens[s] .. cu_seqlens[s + 1],
+which are the last ones of its context_lens[s] tokens in the cache, so a decode step is a query of one token.
+
+    q            [tokens, heads, head_dim]
+    k_cache      [blocks, kv_heads, block_tokens, head_dim], any strides but the last; v_cache alike
+    cu_seqlens   [seqs + 1] int32
+    context_lens [seqs] int32, tokens in the cache with this call's own
+    block_tables [seqs, max_blocks] int32; entries beyond the context are never read
+    out          [tokens, heads * head_dim]
+
+A row's bits depend on its own query, keys and values alone: not on the neighbours, the chunking or the thread count
+(kernels/cpu/attention.c says how).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import library
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_MAX_HEAD_DIM = 512  # a thread's tiles live on its stack
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention of each query token over its sequence's cache; see the module for shapes.
+
+    float32 or bfloat16 (q, caches and out alike), float32 inside; head_dim a multiple of 8. Raises ValueError when a
+    tensor breaks the contract and IndexError when lengths or block tables point outside the cache.
+    """
+    tokens, num_heads, head_dim = q.shape
+    num_blocks, num_kv_heads, block_tokens, _ = k_cache.shape
+    _check(q, k_cache, v_cache, cu_seqlens, context_lens, block_tables, sliding_window)
+    if out is None:
+        out = torch.empty(tokens, num_heads * head_dim, dtype=q.dtype)
+    elif out.dtype != q.dtype or out.numel() != q.numel() or not out.is_contiguous():
+        raise ValueError(f"out must be a contiguous {q.dtype} tensor of {q.numel()} elements, got {out.dtype} {list(out.shape)}")
+    num_seqs, max_blocks = block_tables.shape
+    failed = library.function("tandem_paged_attention", "ppppppp" + "i" * 16 + "dii")(
+        q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
+        cu_seqlens.data_ptr(), context_lens.data_ptr(), block_tables.data_ptr(),
+        tokens, num_seqs, max_blocks, block_tables.stride(0), num_blocks, block_tokens,
+        *k_cache.stride()[:3], *v_cache.stride()[:3],
+        num_heads, num_kv_heads, head_dim, sliding_window or 0, scale, _DTYPES[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        _raise(failed, num_seqs, tokens, cu_seqlens, context_lens)
+    return out
+
+
+def paged_attention_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """The same in plain torch, one sequence at a time, in the dtype of its inputs (float64 for tests)."""
+    tokens, num_heads, head_dim = q.shape
+    _, num_kv_heads, block_tokens, _ = k_cache.shape
+    out = torch.empty_like(q)
+    for s, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
+        context = int(context_lens[s])
+        table = block_tables[s, : -(-context // block_tokens)].long()
+        # [kv_heads, context, head_dim], then one per query head
+        keys = k_cache[table].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :context]
+        values = v_cache[table].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :context]
+        keys = keys.repeat_interleave(num_heads // num_kv_heads, 0)
+        values = values.repeat_interleave(num_heads // num_kv_heads, 0)
+        scores = q[start:end].transpose(0, 1) @ keys.transpose(1, 2) * scale  # [heads, queries, context]
+        position = torch.arange(context - (end - start), context)[:, None]
+        key = torch.arange(context)[None]
+        hidden = key > position
+        if sliding_window:
+            hidden |= key <= position - sliding_window
+        out[start:end] = (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(0, 1)
+    return out.reshape(tokens, num_heads * head_dim)
+
+
+def _check(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens: Tensor, context_lens: Tensor, block_tables: Tensor, window: int | None
+) -> None:
+    if q.device.type != "cpu":
+        raise ValueError(f"paged_attention runs on: cpu; got a tensor on {q.device}")
+    dtype = q.dtype
+    if dtype not in _DTYPES or k_cache.dtype != dtype or v_cache.dtype != dtype:
+        raise ValueError(
+            f"q, k_cache and v_cache must share float32 or bfloat16, got {dtype}, {k_cache.dtype}, {v_cache.dtype}"
+        )
+    _, num_heads, head_dim = q.shape
+    if head_dim % 8 or not 0 < head_dim <= _MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be a multiple of 8 up to {_MAX_HEAD_DIM}, got {head_dim}")
+    if k_cache.shape != v_cache.shape or k_cache.shape[3] != head_dim or num_heads % k_cache.shape[1]:
+        raise ValueError(
+            f"q {list(q.shape)} does not fit k_cache {list(k_cache.shape)} and v_cache {list(v_cache.shape)}: "
+            "head_dim must agree and kv_heads divide heads"
+        )
+    if not q.is_contiguous() or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        raise ValueError("q must be contiguous, and the last dimension of k_cache and v_cache too")
+    for name, tensor in (("cu_seqlens", cu_seqlens), ("context_lens", context_lens), ("block_tables", block_tables)):
+        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must be int32 with its last dimension contiguous, got {tensor.dtype} {tensor.stride()}")
+    num_seqs = block_tables.shape[0]
+    if cu_seqlens.shape != (num_seqs + 1,) or context_lens.shape != (num_seqs,):
+        raise ValueError(
+            f"block_tables has {num_seqs} sequences, cu_seqlens {list(cu_seqlens.shape)} (wanted one more) "
+            f"and context_lens {list(context_lens.shape)}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"sliding_window must be at least 1 or None, got {window}")
+
+
+def _raise(failed: int, num_seqs: int, tokens: int, cu_seqlens: Tensor, context_lens: Tensor) -> None:
+    if failed < 0:
+        raise MemoryError("no memory for the partial results of paged_attention")
+    if failed > num_seqs:
+        raise IndexError(f"cu_seqlens must go from 0 to {tokens} tokens, got {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}")
+    s = failed - 1
+    raise IndexError(
+        f"sequence {s}: {int(cu_seqlens[s + 1] - cu_seqlens[s])} query tokens and a context of {int(context_lens[s])} "
+        "do not fit its block table, or the table names a block outside the cache"
+    )

@@ -1,0 +1,1 @@
+"""The CPU ops in C and the loader that compiles them."""

@@ -1,0 +1,463 @@
+/* Paged attention over a block table: ragged prefill, prefill after a cached prefix, and decode are one algorithm.
+ *
+ * A row is one (token, head). Its keys are cut at absolute positions into SPLITs of TILEs, whatever call it is part of:
+ *   per tile    s = q k^T * scale;  m' = max(m, max s);  p = e^(s - m');  l = l e^(m - m') + sum p;  o = o e^(m - m') + p v
+ *   per split   an own (m, l, o), merged into the row's total in order of position
+ *   at the end  o / l
+ * Lanes run over keys for q k^T and over dimensions for p v, and the sums over dimensions and over keys go in order, so the
+ * operations of a row are the same ones however many rows share a tile in registers and however many threads run.
+ */
+#include <stdlib.h>
+
+#include "simd.h"
+
+enum {
+    TILE = 64,    /* keys packed at a time; positions [TILE * i, TILE * i + TILE) */
+    SPLIT = 512,  /* keys per partial result: what threads may share out within one row */
+    ROWS = 48,    /* rows that share one packed tile */
+    GROUP = 6,    /* rows held in registers together */
+    VECTORS = TILE / VL,
+};
+
+typedef struct {
+    const void *q, *k_cache, *v_cache;
+    void *out;
+    const int32_t *cu_seqlens, *context_lens, *block_tables;
+    int64_t table_stride, k_block, k_head, k_token, v_block, v_head, v_token;
+    int64_t num_heads, num_kv_heads, head_dim, block_tokens, window; /* window 0: unlimited */
+    float scale;
+    int dtype;
+} Call;
+
+/* What one thread takes at a time: tokens x heads that share one kv head of one sequence. Row r is token r / num_heads. */
+typedef struct {
+    int32_t sequence, kv_head, first_head, num_heads, first_token, num_tokens;
+    int64_t first_position; /* absolute position of first_token */
+    int64_t begin, end;     /* keys that any of its rows sees */
+    int64_t first_partial;
+} Item;
+
+typedef struct {
+    float *o, *m, *l; /* [rows, padded_dim], [rows], [rows] */
+} State;
+
+typedef struct {
+    float *q;      /* groups of [head_dim][rows of the group], scaled */
+    float *keys;   /* [head_dim][TILE] */
+    float *values; /* [TILE][padded_dim]; unused where the cache can be read in place */
+    float *scores; /* [ROWS][TILE] */
+    State total, part;
+    const char *k_rows[TILE], *v_rows[TILE];
+} Scratch;
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t padded(int64_t dim) { return (dim + VL - 1) / VL * VL; }
+INLINE int64_t row_end(const Item *item, int64_t r) { return item->first_position + r / item->num_heads + 1; }
+INLINE int64_t row_begin(const Call *call, const Item *item, int64_t r) {
+    return call->window ? larger(0, row_end(item, r) - call->window) : 0;
+}
+
+static inline float exp_one(float x) { return vf_exp(vf_set1(x))[0]; }
+
+/* scores[r][VL * first ...] for `rows` rows and `vectors` vectors of keys; the sum over dimensions goes in order. */
+INLINE void score_block(int rows, int vectors, int64_t head_dim, const float *q, const float *keys, float *scores) {
+    vf acc[GROUP][8];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; i++) acc[r][i] = vf_set1(0.0f);
+    for (int64_t d = 0; d < head_dim; d++) {
+        vf key[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; i++) key[i] = vf_load(keys + d * TILE + i * VL);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            vf value = vf_set1(q[d * rows + r]);
+#pragma GCC unroll 8
+            for (int i = 0; i < vectors; i++) acc[r][i] = vf_fma(value, key[i], acc[r][i]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; i++) vf_store(scores + r * TILE + i * VL, acc[r][i]);
+}
+
+/* o[r] += sum over keys j in [begin, end), in order, of p[r][j] * v[j], for `vectors` vectors of dimensions. */
+INLINE void value_block(int rows, int vectors, int64_t begin, int64_t end, const float *p, const char *const *v_rows,
+                        int64_t column, float *o, int64_t o_stride) {
+    vf acc[GROUP][8];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; i++) acc[r][i] = vf_load(o + r * o_stride + column + i * VL);
+    for (int64_t j = begin; j < end; j++) {
+        const float *v = (const float *)v_rows[j] + column;
+        vf value[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; i++) value[i] = vf_load(v + i * VL);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            vf weight = vf_set1(p[r * TILE + j]);
+#pragma GCC unroll 8
+            for (int i = 0; i < vectors; i++) acc[r][i] = vf_fma(weight, value[i], acc[r][i]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; i++) vf_store(o + r * o_stride + column + i * VL, acc[r][i]);
+}
+
+/* How many vectors stay in registers beside `rows` rows: 16 registers with 8 lanes, 32 with 16. */
+INLINE int widest(int rows) { return rows == 1 ? 8 : rows <= 3 || VL == 16 ? 4 : 2; }
+
+INLINE void score_rows(int rows, int64_t first, int64_t last, int64_t head_dim, const float *q, const float *keys, float *scores) {
+    int64_t i = first;
+    if (widest(rows) >= 8)
+        for (; i + 8 <= last; i += 8) score_block(rows, 8, head_dim, q, keys + i * VL, scores + i * VL);
+    if (widest(rows) >= 4)
+        for (; i + 4 <= last; i += 4) score_block(rows, 4, head_dim, q, keys + i * VL, scores + i * VL);
+    for (; i + 2 <= last; i += 2) score_block(rows, 2, head_dim, q, keys + i * VL, scores + i * VL);
+    for (; i < last; i++) score_block(rows, 1, head_dim, q, keys + i * VL, scores + i * VL);
+}
+
+INLINE void value_rows(int rows, int64_t begin, int64_t end, const float *p, const char *const *v_rows, int64_t padded_dim, float *o) {
+    int64_t i = 0, last = padded_dim / VL;
+    if (begin >= end) return;
+    if (widest(rows) >= 8)
+        for (; i + 8 <= last; i += 8) value_block(rows, 8, begin, end, p, v_rows, i * VL, o, padded_dim);
+    if (widest(rows) >= 4)
+        for (; i + 4 <= last; i += 4) value_block(rows, 4, begin, end, p, v_rows, i * VL, o, padded_dim);
+    for (; i + 2 <= last; i += 2) value_block(rows, 2, begin, end, p, v_rows, i * VL, o, padded_dim);
+    for (; i < last; i++) value_block(rows, 1, begin, end, p, v_rows, i * VL, o, padded_dim);
+}
+
+static void scores_of(int rows, int64_t first, int64_t last, int64_t head_dim, const float *q, const float *keys, float *scores) {
+    switch (rows) {
+    case 1: score_rows(1, first, last, head_dim, q, keys, scores); break;
+    case 2: score_rows(2, first, last, head_dim, q, keys, scores); break;
+    case 3: score_rows(3, first, last, head_dim, q, keys, scores); break;
+    case 4: score_rows(4, first, last, head_dim, q, keys, scores); break;
+    case 5: score_rows(5, first, last, head_dim, q, keys, scores); break;
+    default: score_rows(6, first, last, head_dim, q, keys, scores);
+    }
+}
+
+static void values_of(int rows, int64_t begin, int64_t end, const float *p, const char *const *v_rows, int64_t padded_dim, float *o) {
+    switch (rows) {
+    case 1: value_rows(1, begin, end, p, v_rows, padded_dim, o); break;
+    case 2: value_rows(2, begin, end, p, v_rows, padded_dim, o); break;
+    case 3: value_rows(3, begin, end, p, v_rows, padded_dim, o); break;
+    case 4: value_rows(4, begin, end, p, v_rows, padded_dim, o); break;
+    case 5: value_rows(5, begin, end, p, v_rows, padded_dim, o); break;
+    default: value_rows(6, begin, end, p, v_rows, padded_dim, o);
+    }
+}
+
+/* Where the keys and values of positions [tile + begin, tile + end) lie. */
+static void locate(const Call *call, const Item *item, int64_t tile, int64_t begin, int64_t end, Scratch *scratch) {
+    const int32_t *table = call->block_tables + item->sequence * call->table_stride;
+    int64_t bytes = bytes_of(call->dtype), entry = (tile + begin) / call->block_tokens;
+    for (int64_t j = begin; j < end; entry++) {
+        int64_t offset = tile + j - entry * call->block_tokens;
+        int64_t stop = smaller(end, j + call->block_tokens - offset), block = table[entry];
+        const char *k = (const char *)call->k_cache +
+                        bytes * (block * call->k_block + item->kv_head * call->k_head + offset * call->k_token);
+        const char *v = (const char *)call->v_cache +
+                        bytes * (block * call->v_block + item->kv_head * call->v_head + offset * call->v_token);
+        for (; j < stop; j++, k += bytes * call->k_token, v += bytes * call->v_token) {
+            scratch->k_rows[j] = k;
+            scratch->v_rows[j] = v;
+        }
+    }
+}
+
+INLINE v8 interleave(v8 a, v8 b, int step, int high) {
+    /* Swaps the off-diagonal step x step squares of two rows of an 8 x 8 matrix. */
+    typedef int32_t index __attribute__((vector_size(32)));
+    if (step == 1)
+        return high ? __builtin_shuffle(a, b, (index){1, 9, 3, 11, 5, 13, 7, 15}) : __builtin_shuffle(a, b, (index){0, 8, 2, 10, 4, 12, 6, 14});
+    if (step == 2)
+        return high ? __builtin_shuffle(a, b, (index){2, 3, 10, 11, 6, 7, 14, 15}) : __builtin_shuffle(a, b, (index){0, 1, 8, 9, 4, 5, 12, 13});
+    return high ? __builtin_shuffle(a, b, (index){4, 5, 6, 7, 12, 13, 14, 15}) : __builtin_shuffle(a, b, (index){0, 1, 2, 3, 8, 9, 10, 11});
+}
+
+INLINE void transpose8(v8 m[8]) {
+#pragma GCC unroll 3
+    for (int step = 1; step < 8; step *= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++)
+            if (!(i & step)) {
+                v8 low = interleave(m[i], m[i + step], step, 0), high = interleave(m[i], m[i + step], step, 1);
+                m[i] = low;
+                m[i + step] = high;
+            }
+}
+
+/* keys[d][j] = k of position tile + j, for j in [begin, end); its groups of 8 are filled up with zeros. */
+INLINE void pack_keys(const Scratch *scratch, int64_t begin, int64_t end, int64_t head_dim, int dtype) {
+    static const float zeros[8];
+    for (int64_t j = begin / 8 * 8; j < end; j += 8)
+        for (int64_t d = 0; d < head_dim; d += 8) {
+            v8 block[8];
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+                int inside = j + i >= begin && j + i < end;
+                block[i] = inside ? read8(scratch->k_rows[j + i], d, 8, dtype) : v8_load(zeros);
+            }
+            transpose8(block);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) v8_store(scratch->keys + (d + i) * TILE + j, block[i]);
+        }
+}
+
+/* values[j][:head_dim] = v of position tile + j as float32; v_rows then points here. */
+INLINE void pack_values(Scratch *scratch, int64_t begin, int64_t end, int64_t head_dim, int dtype) {
+    for (int64_t j = begin; j < end; j++) {
+        float *row = scratch->values + j * padded(head_dim);
+        for (int64_t d = 0; d < head_dim; d += 8) v8_store(row + d, read8(scratch->v_rows[j], d, 8, dtype));
+        scratch->v_rows[j] = (const char *)row;
+    }
+}
+
+/* One row's scores of keys [begin, end) of the tile -> weights; updates m, l and scales o. */
+static void softmax_row(float *scores, int64_t begin, int64_t end, float *m, float *l, float *o, int64_t padded_dim) {
+    for (int64_t j = 0; j < begin; j++) scores[j] = -INFINITY;
+    for (int64_t j = end; j < TILE; j++) scores[j] = -INFINITY;
+    vf top = vf_load(scores);
+    for (int i = 1; i < VECTORS; i++) top = vf_max(vf_load(scores + i * VL), top);
+    float highest = *m;
+    for (int i = 0; i < VL; i++) highest = top[i] > highest ? top[i] : highest;
+    float lanes[LANES] = {0};
+    vf shift = vf_set1(highest);
+    vf sums[LANES / VL];
+    for (int i = 0; i < LANES / VL; i++) sums[i] = vf_set1(0.0f);
+    for (int i = 0; i < VECTORS; i++) {
+        vf weight = vf_exp(vf_load(scores + i * VL) - shift);
+        vf_store(scores + i * VL, weight);
+        sums[i % (LANES / VL)] += weight;
+    }
+    memcpy(lanes, sums, sizeof lanes);
+    if (highest != *m) {
+        float fade = exp_one(*m - highest);
+        *l *= fade;
+        for (int64_t d = 0; d < padded_dim; d += VL) vf_store(o + d, vf_load(o + d) * fade);
+        *m = highest;
+    }
+    *l += sum_lanes(lanes);
+}
+
+/* The (m, l, o) of each row over its keys within [begin, end), which lies within one split. */
+static void attend(const Call *call, const Item *item, int64_t begin, int64_t end, Scratch *scratch, State state) {
+    int64_t rows = (int64_t)item->num_tokens * item->num_heads, head_dim = call->head_dim, padded_dim = padded(head_dim);
+    memset(state.o, 0, (size_t)(rows * padded_dim) * sizeof(float));
+    memset(state.l, 0, (size_t)rows * sizeof(float));
+    for (int64_t r = 0; r < rows; r++) state.m[r] = -INFINITY;
+    for (int64_t tile = begin / TILE * TILE; tile < end; tile += TILE) {
+        int64_t first = larger(begin - tile, 0), last = smaller(end - tile, TILE);
+        locate(call, item, tile, first, last, scratch);
+        if (call->dtype == BFLOAT16) {
+            pack_keys(scratch, first, last, head_dim, BFLOAT16);
+            pack_values(scratch, first, last, head_dim, BFLOAT16);
+        } else {
+            pack_keys(scratch, first, last, head_dim, FLOAT32);
+            if (padded_dim != head_dim) pack_values(scratch, first, last, head_dim, FLOAT32);
+        }
+        for (int64_t g = 0; g < rows; g += GROUP) {
+            int n = (int)smaller(GROUP, rows - g);
+            float *scores = scratch->scores + g * TILE, *o = state.o + g * padded_dim;
+            int64_t from[GROUP], to[GROUP], common_from = 0, common_to = TILE, any = 0;
+            for (int r = 0; r < n; r++) {
+                from[r] = larger(row_begin(call, item, g + r) - tile, first);
+                to[r] = smaller(row_end(item, g + r) - tile, last);
+                any |= from[r] < to[r];
+                common_from = larger(common_from, from[r]);
+                common_to = smaller(common_to, to[r]);
+            }
+            if (!any) continue;
+            scores_of(n, first / VL, (last + VL - 1) / VL, head_dim, scratch->q + g * head_dim, scratch->keys, scores);
+            for (int r = 0; r < n; r++)
+                if (from[r] < to[r])
+                    softmax_row(scores + r * TILE, from[r], to[r], &state.m[g + r], &state.l[g + r], o + r * padded_dim, padded_dim);
+            /* A row takes exactly its own keys, in order: alone before and after the range that the whole group shares. */
+            int shared = common_from < common_to;
+            for (int r = 0; r < n; r++)
+                values_of(1, from[r], shared ? common_from : to[r], scores + r * TILE, scratch->v_rows, padded_dim, o + r * padded_dim);
+            if (!shared) continue;
+            values_of(n, common_from, common_to, scores, scratch->v_rows, padded_dim, o);
+            for (int r = 0; r < n; r++)
+                values_of(1, common_to, to[r], scores + r * TILE, scratch->v_rows, padded_dim, o + r * padded_dim);
+        }
+    }
+}
+
+/* total = total and part, for the rows that see keys of the split [begin, end); the first such split is taken as it is. */
+static void merge(const Call *call, const Item *item, int64_t begin, int64_t end, State total, State part) {
+    int64_t padded_dim = padded(call->head_dim);
+    for (int64_t r = 0; r < (int64_t)item->num_tokens * item->num_heads; r++) {
+        int64_t from = row_begin(call, item, r);
+        float *o = total.o + r * padded_dim;
+        const float *other = part.o + r * padded_dim;
+        if (larger(from, begin) >= smaller(row_end(item, r), end)) continue;
+        if (from >= begin) {
+            total.m[r] = part.m[r];
+            total.l[r] = part.l[r];
+            memcpy(o, other, (size_t)padded_dim * sizeof(float));
+            continue;
+        }
+        float highest = total.m[r] > part.m[r] ? total.m[r] : part.m[r];
+        float ours = exp_one(total.m[r] - highest), theirs = exp_one(part.m[r] - highest);
+        total.m[r] = highest;
+        total.l[r] = total.l[r] * ours + part.l[r] * theirs;
+        for (int64_t d = 0; d < padded_dim; d += VL)
+            vf_store(o + d, vf_fma(vf_load(other + d), vf_set1(theirs), vf_load(o + d) * ours));
+    }
+}
+
+INLINE int64_t row_element(const Call *call, const Item *item, int64_t r) {
+    int64_t token = call->cu_seqlens[item->sequence] + item->first_token + r / item->num_heads;
+    return (token * call->num_heads + item->first_head + r % item->num_heads) * call->head_dim;
+}
+
+static void load_queries(const Call *call, const Item *item, float *q) {
+    int64_t rows = (int64_t)item->num_tokens * item->num_heads;
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t g = r / GROUP * GROUP, n = smaller(GROUP, rows - g), element = row_element(call, item, r);
+        for (int64_t d = 0; d < call->head_dim; d += 8) {
+            v8 value = read8(call->q, element + d, 8, call->dtype) * call->scale;
+            for (int i = 0; i < 8; i++) q[g * call->head_dim + (d + i) * n + (r - g)] = value[i];
+        }
+    }
+}
+
+static void store(const Call *call, const Item *item, State total) {
+    for (int64_t r = 0; r < (int64_t)item->num_tokens * item->num_heads; r++)
+        for (int64_t d = 0; d < call->head_dim; d += 8)
+            write8(call->out, row_element(call, item, r) + d, 8, call->dtype,
+                   v8_load(total.o + r * padded(call->head_dim) + d) / total.l[r]);
+}
+
+INLINE int64_t num_splits(const Item *item) { return (item->end - 1) / SPLIT - item->begin / SPLIT + 1; }
+
+INLINE void attend_split(const Call *call, const Item *item, int64_t split, Scratch *scratch, State state) {
+    int64_t begin = larger(item->begin, split * SPLIT), end = smaller(item->end, (split + 1) * SPLIT);
+    attend(call, item, begin, end, scratch, state);
+}
+
+static void whole_item(const Call *call, const Item *item, Scratch *scratch) {
+    load_queries(call, item, scratch->q);
+    int64_t first = item->begin / SPLIT;
+    for (int64_t split = first; split < first + num_splits(item); split++) {
+        attend_split(call, item, split, scratch, split == first ? scratch->total : scratch->part);
+        if (split > first) merge(call, item, split * SPLIT, (split + 1) * SPLIT, scratch->total, scratch->part);
+    }
+    store(call, item, scratch->total);
+}
+
+/* Partial results in one buffer of num_partials states of ROWS rows. */
+static State partial_state(float *partials, int64_t index, int64_t padded_dim) {
+    float *base = partials + index * ROWS * (padded_dim + 2);
+    return (State){base, base + ROWS * padded_dim, base + ROWS * padded_dim + ROWS};
+}
+
+static void one_split(const Call *call, const Item *items, int64_t num_items, int64_t index, float *partials, Scratch *scratch) {
+    int64_t i = num_items - 1;
+    while (items[i].first_partial > index) i--;
+    const Item *item = &items[i];
+    load_queries(call, item, scratch->q);
+    int64_t split = item->begin / SPLIT + index - item->first_partial;
+    attend_split(call, item, split, scratch, partial_state(partials, index, padded(call->head_dim)));
+}
+
+static void merge_item(const Call *call, const Item *item, float *partials) {
+    int64_t padded_dim = padded(call->head_dim), first = item->begin / SPLIT;
+    State total = partial_state(partials, item->first_partial, padded_dim);
+    for (int64_t i = 1; i < num_splits(item); i++)
+        merge(call, item, (first + i) * SPLIT, (first + i + 1) * SPLIT, total, partial_state(partials, item->first_partial + i, padded_dim));
+    store(call, item, total);
+}
+
+/* Fills items (or only counts them when items is NULL); longest contexts of a sequence last. */
+static int64_t list_items(const Call *call, int64_t num_seqs, Item *items) {
+    int64_t group = call->num_heads / call->num_kv_heads, heads = smaller(group, ROWS), tokens = larger(1, ROWS / heads), count = 0;
+    for (int64_t s = 0; s < num_seqs; s++) {
+        int64_t length = call->cu_seqlens[s + 1] - call->cu_seqlens[s], cached = call->context_lens[s] - length;
+        for (int64_t t = 0; t < length; t += tokens)
+            for (int64_t h = 0; h < call->num_kv_heads; h++)
+                for (int64_t first = 0; first < group; first += heads, count++) {
+                    if (!items) continue;
+                    Item item = {(int32_t)s, (int32_t)h, (int32_t)(h * group + first), (int32_t)smaller(heads, group - first),
+                                 (int32_t)t, (int32_t)smaller(tokens, length - t), cached + t, 0, 0, 0};
+                    item.begin = row_begin(call, &item, 0);
+                    item.end = cached + t + item.num_tokens;
+                    items[count] = item;
+                }
+    }
+    return count;
+}
+
+/* Returns 0, -1 without memory, or 1 + the first sequence whose lengths or block table are out of range (nothing is written). */
+int64_t tandem_paged_attention(const void *q, const void *k_cache, const void *v_cache, void *out, const int32_t *cu_seqlens,
+                               const int32_t *context_lens, const int32_t *block_tables, int64_t num_tokens, int64_t num_seqs,
+                               int64_t max_blocks, int64_t table_stride, int64_t num_blocks, int64_t block_tokens,
+                               int64_t k_block, int64_t k_head, int64_t k_token, int64_t v_block, int64_t v_head,
+                               int64_t v_token, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t window,
+                               double scale, int64_t dtype, int64_t threads) {
+    const Call call = {q, k_cache, v_cache, out, cu_seqlens, context_lens, block_tables, table_stride, k_block, k_head,
+                       k_token, v_block, v_head, v_token, num_heads, num_kv_heads, head_dim, block_tokens, window,
+                       (float)scale, (int)dtype};
+    int64_t work = 0;
+    if (cu_seqlens[0] != 0 || cu_seqlens[num_seqs] != num_tokens) return num_seqs + 1;
+    for (int64_t s = 0; s < num_seqs; s++) {
+        int64_t length = cu_seqlens[s + 1] - cu_seqlens[s], context = context_lens[s];
+        if (length < 0 || context < length || context > max_blocks * block_tokens) return s + 1;
+        if (length == 0) continue;
+        int64_t oldest = window ? larger(0, context - length + 1 - window) : 0;
+        for (int64_t i = oldest / block_tokens; i * block_tokens < context; i++) {
+            int32_t block = block_tables[s * table_stride + i];
+            if (block < 0 || block >= num_blocks) return s + 1;
+        }
+        work += length * (context - oldest) * num_heads * head_dim;
+    }
+    int team = work < 200000 ? 1 : (int)threads;
+    int64_t num_items = list_items(&call, num_seqs, NULL), num_partials = 0;
+    if (num_items == 0) return 0;
+    Item *items = malloc((size_t)num_items * sizeof(Item));
+    if (!items) return -1;
+    list_items(&call, num_seqs, items);
+    for (int64_t i = 0; i < num_items; i++) {
+        items[i].first_partial = num_partials;
+        num_partials += num_splits(&items[i]);
+    }
+    /* With few items and long contexts the splits are what threads share out; the arithmetic is the same. */
+    int by_split = team > 1 && num_items < 4 * team && num_partials > num_items;
+    int64_t padded_dim = padded(head_dim), next = 0;
+    float *partials = NULL;
+    if (by_split && !(partials = malloc((size_t)(num_partials * ROWS * (padded_dim + 2)) * sizeof(float)))) {
+        free(items);
+        return -1;
+    }
+#pragma omp parallel num_threads(team) if (team > 1)
+    {
+        float queries[ROWS * head_dim] __attribute__((aligned(64))), keys[TILE * head_dim] __attribute__((aligned(64)));
+        float values[TILE * padded_dim] __attribute__((aligned(64))), scores[ROWS * TILE] __attribute__((aligned(64)));
+        float outputs[2][ROWS * padded_dim] __attribute__((aligned(64))), maxima[2][ROWS], sums[2][ROWS];
+        Scratch scratch = {queries, keys, values, scores, {outputs[0], maxima[0], sums[0]}, {outputs[1], maxima[1], sums[1]}, {0}, {0}};
+        /* Lanes beyond the last key and dimension are computed and dropped; zeros keep them free of denormals. */
+        memset(keys, 0, sizeof keys);
+        if (padded_dim != head_dim) memset(values, 0, sizeof values);
+        for (;;) {
+            int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+            if (i >= (by_split ? num_partials : num_items)) break;
+            if (by_split) one_split(&call, items, num_items, i, partials, &scratch);
+            else whole_item(&call, &items[num_items - 1 - i], &scratch);
+        }
+    }
+    if (by_split)
+        for (int64_t i = 0; i < num_items; i++) merge_item(&call, &items[i], partials);
+    free(partials);
+    free(items);
+    return 0;
+}

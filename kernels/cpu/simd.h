@@ -1,0 +1,128 @@
+/* Float vectors for the CPU ops.
+ *
+ * Every op promises that the bits of a row depend on nothing but that row. So the order of each sum is written out here
+ * and in the ops, never left to the compiler: the build passes -ffp-contract=off, a fused multiply-add is always an explicit
+ * call, and sums run in LANES fixed lanes that are added as one fixed tree.
+ */
+#ifndef TANDEM_SIMD_H
+#define TANDEM_SIMD_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define VL 16
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+#define vf_set1(x) ((vf)_mm512_set1_ps(x))
+#define vf_fma(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define vf_max(a, b) ((vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define VL 8
+typedef float vf __attribute__((vector_size(32)));
+typedef int32_t vi __attribute__((vector_size(32)));
+#define vf_set1(x) ((vf)_mm256_set1_ps(x))
+#define vf_fma(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define vf_max(a, b) ((vf)_mm256_max_ps((__m256)(a), (__m256)(b)))
+#else
+#define VL 8
+typedef float vf __attribute__((vector_size(32)));
+typedef int32_t vi __attribute__((vector_size(32)));
+static inline vf vf_set1(float x) { return (vf){x, x, x, x, x, x, x, x}; }
+static inline vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
+static inline vf vf_max(vf a, vf b) { vi first = a > b; return (vf)((first & (vi)a) | (~first & (vi)b)); }
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16 /* partial sums of a reduction, on every instruction set */
+
+/* Memory is reached in groups of 8 elements: every head_dim is a multiple of 8. */
+typedef float v8 __attribute__((vector_size(32)));
+typedef uint32_t u8x32 __attribute__((vector_size(32)));
+typedef uint16_t u8x16 __attribute__((vector_size(16)));
+
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+
+INLINE v8 v8_load(const float *p) { v8 x; memcpy(&x, p, sizeof x); return x; }
+INLINE void v8_store(float *p, v8 x) { memcpy(p, &x, sizeof x); }
+INLINE vf vf_load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
+INLINE void vf_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
+INLINE v8 v8_set1(float x) { return (v8){x, x, x, x, x, x, x, x}; }
+
+INLINE v8 bf16_widen(u8x16 half) { return (v8)(__builtin_convertvector(half, u8x32) << 16); }
+
+/* Round to nearest even; a NaN stays a NaN. */
+INLINE u8x16 bf16_round(v8 x) {
+    u8x32 bits = (u8x32)x, is_nan = (u8x32)(x != x);
+    u8x32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return __builtin_convertvector((rounded & ~is_nan) | (0x7fc0u & is_nan), u8x16);
+}
+
+INLINE int64_t bytes_of(int dtype) { return dtype == BFLOAT16 ? 2 : 4; }
+
+INLINE const void *at(const void *base, int64_t element, int dtype) {
+    return (const char *)base + element * bytes_of(dtype);
+}
+
+/* n (1 to 8) elements at base[element] as float32, zeros beyond n. */
+INLINE v8 read8(const void *base, int64_t element, int64_t n, int dtype) {
+    const void *p = at(base, element, dtype);
+    if (dtype == BFLOAT16) {
+        u8x16 half = {0};
+        if (n >= 8) memcpy(&half, p, sizeof half);
+        else memcpy(&half, p, (size_t)n * 2);
+        return bf16_widen(half);
+    }
+    v8 x = {0};
+    if (n >= 8) memcpy(&x, p, sizeof x);
+    else memcpy(&x, p, (size_t)n * 4);
+    return x;
+}
+
+INLINE void write8(void *base, int64_t element, int64_t n, int dtype, v8 x) {
+    void *p = (void *)at(base, element, dtype);
+    if (dtype == BFLOAT16) {
+        u8x16 half = bf16_round(x);
+        if (n >= 8) memcpy(p, &half, sizeof half);
+        else memcpy(p, &half, (size_t)n * 2);
+    } else {
+        if (n >= 8) memcpy(p, &x, sizeof x);
+        else memcpy(p, &x, (size_t)n * 4);
+    }
+}
+
+/* The fixed tree over LANES partial sums. */
+INLINE float sum_lanes(const float lanes[LANES]) {
+    float part[LANES];
+    memcpy(part, lanes, sizeof part);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) part[i] += part[i + half];
+    return part[0];
+}
+
+/* e^x for x up to 87 (clamped), exactly 1 at 0, exactly 0 below -87, NaN for NaN; neither it nor its inverse is denormal.
+ * Cephes expf: n = round(x / ln 2), a degree 7 polynomial in x - n ln 2, times 2^n; within 2 ulp. */
+INLINE vf vf_exp(vf x) {
+    const vf magic = vf_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits */
+    vi underflow = x < vf_set1(-87.0f);
+    vi overflow = x > vf_set1(87.0f);
+    x = (vf)(((vi)x & ~overflow) | ((vi)vf_set1(87.0f) & overflow));
+    vf shifted = vf_fma(x, vf_set1(1.44269504088896341f), magic);
+    vf n = shifted - magic;
+    vf r = vf_fma(n, vf_set1(-0.693359375f), x);
+    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
+    vf y = vf_set1(1.9875691500e-4f);
+    y = vf_fma(y, r, vf_set1(1.3981999507e-3f));
+    y = vf_fma(y, r, vf_set1(8.3334519073e-3f));
+    y = vf_fma(y, r, vf_set1(4.1665795894e-2f));
+    y = vf_fma(y, r, vf_set1(1.6666665459e-1f));
+    y = vf_fma(y, r, vf_set1(5.0000001201e-1f));
+    y = vf_fma(y, r * r, r) + vf_set1(1.0f);
+    vf power = (vf)(((vi)shifted - (vi)magic + 127) << 23);
+    return (vf)((vi)(y * power) & ~underflow);
+}
+
+#endif
