@@ -11,15 +11,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_PATH = Path("tandem.yaml")
 
+
+def _split(value: object) -> object:
+    """`a:1,b:2`, as the environment and flags write a list."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+Targets = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
 class ConfigError(ValueError):
@@ -34,10 +48,8 @@ class GatewayConfig(Section):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: Port = Field(default=50051, description="gRPC port, 0 = any free one")
     http_port: Port = Field(default=8080, description="OpenAI HTTP port, 0 = any free one")
-    prefill_workers: tuple[str, ...] = Field(
-        default=("127.0.0.1:50061",), description="host:port of each prefill worker"
-    )
-    decode_workers: tuple[str, ...] = Field(default=("127.0.0.1:50071",), description="host:port of each decode worker")
+    prefill_workers: Targets = Field(default=("127.0.0.1:50061",), description="host:port of each prefill worker")
+    decode_workers: Targets = Field(default=("127.0.0.1:50071",), description="host:port of each decode worker")
     max_running: Positive = Field(default=256, description="requests in progress at once")
     max_queued: int = Field(
         default=512, ge=0, description="requests waiting for a place; one more is RESOURCE_EXHAUSTED"
@@ -102,10 +114,26 @@ class TransportConfig(Section):
     require: Literal["shared_memory", "inline"] | None = Field(
         default=None, description="refuse to start, and to import, on a transport below this one"
     )
-    disable: tuple[Literal["shared_memory"], ...] = Field(default=(), description="transports not to use")
+    disable: Annotated[tuple[Literal["shared_memory"], ...], NoDecode, BeforeValidator(_split)] = Field(
+        default=(), description="transports not to use"
+    )
     checksum: bool = Field(default=False, description="send and check a CRC-32 of every extent")
     socket_dir: Path | None = Field(
         default=None, description="folder of the unix sockets; default: a private temporary one"
+    )
+
+
+class ApiKey(Section):
+    name: str = Field(description="whose key it is; stands in logs and errors")
+    key: SecretStr = Field(description="the secret that the client sends as `authorization: Bearer <key>`")
+    models: tuple[str, ...] = Field(default=(), description="served names it may use; empty = all")
+    max_running: Positive | None = Field(default=None, description="requests it may have in progress; default: no quota")
+
+
+class AuthConfig(Section):
+    api_keys: tuple[ApiKey, ...] = Field(default=(), description="keys of clients; empty = open to all who reach the port")
+    cluster_key: SecretStr | None = Field(
+        default=None, description="key that the gateway and the workers share; default: none is asked for"
     )
 
 
@@ -147,6 +175,7 @@ class TandemConfig(BaseSettings):
     prefill: PrefillConfig = PrefillConfig()
     decode: DecodeConfig = DecodeConfig()
     transport: TransportConfig = TransportConfig()
+    auth: AuthConfig = AuthConfig()
     up: UpConfig = UpConfig()
 
     @property
@@ -203,6 +232,8 @@ def load_config(path: Path | None = None, overrides: dict[str, Any] | None = Non
         return TandemConfig.model_construct(**_values(FromFile(**(overrides or {}))))
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(e) for e in error.errors())) from None
+    except SettingsError as error:  # a value of the environment that is no JSON where a section belongs
+        raise ConfigError(str(error)) from None
 
 
 def _values(config: TandemConfig) -> dict[str, Any]:

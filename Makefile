@@ -1,0 +1,53 @@
+# The one table of commands. `make help` lists them.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+# flags for the command that is run: make serve ARGS="--decode 2", make test ARGS="-k sampler"
+ARGS ?=
+
+# the caller's own environment must not leak into ours
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.PHONY: help setup serve test test-slow check bench protos gpu-check clean distclean
+
+help: ## show this table
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv and install everything; does nothing when nothing changed
+	@tools/setup
+
+serve: setup ## fetch the default model, start every process, serve until Ctrl-C
+	@exec ./tandem up $(ARGS)
+
+test: setup ## run every test that this machine can run
+	@exec $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: setup ## run the tests that take minutes
+	@exec $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+check: setup ## lint, format, types, contracts, stubs up to date, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/buf lint
+	tools/protos --check
+	$(BIN)/python -m pytest -q tests/test_layout.py tests/test_protos.py
+
+bench: setup ## measure the four standard workloads
+	@exec ./tandem bench $(ARGS)
+
+protos: setup ## generate the Python stubs beside the .proto files
+	@tools/protos
+
+gpu-check: setup ## run what needs a CUDA device
+	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \
+		|| { echo "no CUDA device found: nothing was run" >&2; exit 1; }
+	@exec $(BIN)/python -m pytest -m gpu $(ARGS)
+
+clean: ## remove caches, builds and results
+	rm -rf build results .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf
+
+distclean: clean ## remove .venv too
+	rm -rf .venv protos/*.egg-info
