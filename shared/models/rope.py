@@ -33,15 +33,6 @@ def cos_sin_table(rope: Rope, head_dim: int, num_positions: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1) * rope.attention_factor
 
 
-def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
-    """What yarn multiplies cos and sin by when the model does not say: 0.1 ln(factor) + 1."""
-
-    def scale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
-
-
 def _llama3(rope: Rope, frequencies: Tensor) -> Tensor:
     low, high, original = rope.low_frequency_factor, rope.high_frequency_factor, rope.original_context
     wavelengths = 2 * math.pi / frequencies

@@ -1,0 +1,108 @@
+"""The paged pool of keys and values, and the record of its layout that both ends of a handoff must share."""
+
+import hashlib
+import json
+from mmap import mmap
+from dataclasses import asdict, dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from shared.models.architecture import Architecture
+
+# Raised whenever the bytes of a block come to mean something else.
+CONTRACT_VERSION = 1
+ORDER = "block,layer,kv,head,token,dim"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """What the bytes of one block mean. Two workers may hand blocks over only if all of it is equal.
+
+    `dtype` is a key of DTYPES; `order` names the axes of the pool from slowest to fastest (kv: 0 keys, 1 values).
+    """
+
+    model_digest: str
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_tokens: int
+    order: str = ORDER
+    contract_version: int = CONTRACT_VERSION
+
+    @classmethod
+    def of(cls, architecture: Architecture, model_digest: str, dtype: str, block_tokens: int) -> "KvLayout":
+        """The layout of a model's cache. ValueError for a dtype the cache cannot hold."""
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        return cls(
+            model_digest=model_digest,
+            dtype=dtype,
+            num_layers=architecture.num_layers,
+            num_kv_heads=architecture.num_kv_heads,
+            head_dim=architecture.head_dim,
+            block_tokens=block_tokens,
+        )
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 of the record as canonical JSON."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        return (self.num_layers, 2, self.num_kv_heads, self.block_tokens, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        return prod(self.block_shape) * DTYPES[self.dtype].itemsize
+
+    def difference(self, other: "KvLayout") -> list[str]:
+        """The names of the fields in which two layouts differ."""
+        mine, theirs = asdict(self), asdict(other)
+        return [field for field in mine if mine[field] != theirs[field]]
+
+
+class KvCache:
+    """`num_blocks` blocks in one allocation; block 0 is the null block.
+
+    `pool` is (num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim), so a block is one range of bytes.
+    """
+
+    def __init__(
+        self, layout: KvLayout, num_blocks: int, *, buffer: memoryview | mmap | bytearray | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        """In `buffer` (writable, num_blocks * block_bytes long, and zero at first as fresh shared memory is), or in
+        memory of its own. ValueError if the buffer has another size.
+
+        Zeros matter: a row of attention may multiply a slot that nobody wrote by the weight 0, and 0 * NaN is NaN.
+        """
+        self.layout = layout
+        self.num_blocks = num_blocks
+        shape, dtype = (num_blocks, *layout.block_shape), DTYPES[layout.dtype]
+        if buffer is None:
+            self.pool = torch.zeros(shape, dtype=dtype, device=device)
+        else:
+            num_bytes = memoryview(buffer).nbytes
+            if num_bytes != num_blocks * layout.block_bytes:
+                raise ValueError(
+                    f"a pool of {num_blocks} blocks of {layout.block_bytes} bytes cannot lie in {num_bytes} bytes"
+                )
+            self.pool = torch.frombuffer(buffer, dtype=dtype).view(shape)
+        self._layers = [(self.pool[:, layer, 0], self.pool[:, layer, 1]) for layer in range(layout.num_layers)]
+        self._bytes = self.pool.view(torch.uint8).view(num_blocks, layout.block_bytes)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.layout.block_bytes
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer: strided views, each (num_blocks, num_kv_heads, block_tokens, head_dim)."""
+        return self._layers[index]
+
+    def block(self, index: int) -> Tensor:
+        """The bytes of a block: uint8 [block_bytes], a view. IndexError for a block that is not in the pool."""
+        return self._bytes[index]
