@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -127,11 +127,11 @@ class ApiKey(Section):
     name: str = Field(description="whose key it is; stands in logs and errors")
     key: SecretStr = Field(description="the secret that the client sends as `authorization: Bearer <key>`")
     models: tuple[str, ...] = Field(default=(), description="served names it may use; empty = all")
-    max_running: Positive | None = Field(default=None, description="requests it may have in progress; default: no quota")
+    max_running: Positive | None = Field(default=None, description="requests in progress at once; default: no quota")
 
 
 class AuthConfig(Section):
-    api_keys: tuple[ApiKey, ...] = Field(default=(), description="keys of clients; empty = open to all who reach the port")
+    api_keys: tuple[ApiKey, ...] = Field(default=(), description="keys of clients; empty = open to all")
     cluster_key: SecretStr | None = Field(
         default=None, description="key that the gateway and the workers share; default: none is asked for"
     )

@@ -13,7 +13,7 @@ import functools
 import inspect
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,16 +53,24 @@ def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[st
     ]
 
 
-def connect(target: str, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
+def connect(
+    target: str,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
+) -> grpc.aio.Channel:
     """A channel to host:port. Not shared between channels of one process, so that each sees its own failures."""
     return grpc.aio.insecure_channel(
-        target, options=[*channel_options(max_message_bytes), ("grpc.use_local_subchannel_pool", 1)]
+        target,
+        options=[*channel_options(max_message_bytes), ("grpc.use_local_subchannel_pool", 1)],
+        interceptors=interceptors,
     )
 
 
-def create_server(max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
+def create_server(
+    max_message_bytes: int = MAX_MESSAGE_BYTES, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
+) -> grpc.aio.Server:
     """A server whose handlers may raise RpcError; any other exception becomes INTERNAL with an incident id."""
-    return grpc.aio.server(options=channel_options(max_message_bytes))
+    return grpc.aio.server(options=channel_options(max_message_bytes), interceptors=interceptors)
 
 
 @dataclass
