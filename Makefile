@@ -9,24 +9,27 @@ ARGS ?=
 # the caller's own environment must not leak into ours
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup serve test test-slow check bench protos gpu-check clean distclean
+.PHONY: help setup setup-dev serve test test-slow check bench protos gpu-check clean distclean
 
 help: ## show this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## make .venv and install everything; does nothing when nothing changed
+setup: ## make .venv and install what serving needs; does nothing when nothing changed
 	@tools/setup
+
+setup-dev: ## the same, with what tests and checks need
+	@tools/setup dev
 
 serve: setup ## fetch the default model, start every process, serve until Ctrl-C
 	@exec ./tandem up $(ARGS)
 
-test: setup ## run every test that this machine can run
+test: setup-dev ## run every test that this machine can run
 	@exec $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-slow: setup ## run the tests that take minutes
+test-slow: setup-dev ## run the tests that take minutes
 	@exec $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
-check: setup ## lint, format, types, contracts, stubs up to date, import rules
+check: setup-dev ## lint, format, types, contracts, stubs up to date, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -37,10 +40,10 @@ check: setup ## lint, format, types, contracts, stubs up to date, import rules
 bench: setup ## measure the four standard workloads
 	@exec ./tandem bench $(ARGS)
 
-protos: setup ## generate the Python stubs beside the .proto files
+protos: setup-dev ## generate the Python stubs beside the .proto files
 	@tools/protos
 
-gpu-check: setup ## run what needs a CUDA device
+gpu-check: setup-dev ## run what needs a CUDA device
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \
 		|| { echo "no CUDA device found: nothing was run" >&2; exit 1; }
 	@exec $(BIN)/python -m pytest -m gpu $(ARGS)
