@@ -8,7 +8,6 @@ range and contradictions are refused with the field's name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -238,31 +237,6 @@ def load_config(path: Path | None = None, overrides: dict[str, Any] | None = Non
         raise ConfigError(str(error)) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: {error}") from None
-
-
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """Flags such as `decode.max_running=8` as the overrides of `load_config`; of two for one key the later wins.
-
-    A value is read as YAML: `true`, `8`, `null`, `[a, b]`; a list may be written `a,b` too.
-    Raises ConfigError for a flag that is no `key.path=value`.
-    """
-    overrides: dict[str, Any] = {}
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise ConfigError(f"{setting}: not of the form key.path=value, such as decode.max_running=8")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: {text!r} is not a YAML value: {error}") from None
-        section = overrides
-        for key in keys[:-1]:
-            section = section.setdefault(key, {})
-            if not isinstance(section, dict):
-                raise ConfigError(f"{path}: {key} was given a value of its own by another flag")
-        section[keys[-1]] = value
-    return overrides
 
 
 def _values(config: TandemConfig) -> dict[str, Any]:
