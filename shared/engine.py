@@ -1,0 +1,128 @@
+"""The engine below the schedulers: a model, its KV pool, and forwards over ragged batches. It schedules nothing.
+
+plan = EnginePlan.of(config, config.decode, files)        # reads the configuration only
+engine = Engine(plan)                                     # loads the weights
+logits = engine.forward([BatchEntry(prompt, 0, blocks), BatchEntry([token], 17, other_blocks)])
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from mmap import mmap
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from shared.batch import BatchEntry, RaggedBatch, build_batch
+from shared.checkpoint import open_checkpoint
+from shared.config import ConfigError, DecodeConfig, PrefillConfig, TandemConfig
+from shared.graphs import EagerRunner, GraphRunner
+from shared.kv_cache import DTYPES, KvCache, KvLayout
+from shared.model_files import ModelFiles, read_json
+from shared.models.architecture import Architecture
+from shared.models.decoder import Decoder
+from shared.policies.table import architecture_of
+
+DEFAULT_DTYPE = "bfloat16"
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """Everything that is settled before the weights are read."""
+
+    files: ModelFiles
+    architecture: Architecture
+    layout: KvLayout
+    device: str
+    num_blocks: int  # in memory, the null block included
+    max_context: int  # tokens of prompt and output together
+    max_running: int  # sequences of a decode step at most
+    num_threads: int
+    eos_token_ids: tuple[int, ...]
+    allow_pickle: bool
+
+    @classmethod
+    def of(cls, config: TandemConfig, section: PrefillConfig | DecodeConfig, files: ModelFiles) -> EnginePlan:
+        """section: of the worker's role. Raises ModelError for a model that cannot be served, ConfigError for limits."""
+        architecture = architecture_of(files.config)
+        dtype = DEFAULT_DTYPE if config.dtype == "auto" else config.dtype
+        layout = KvLayout.of(architecture, files.digest, dtype, config.block_tokens)
+        max_context = config.max_context or architecture.max_context
+        if max_context > architecture.max_context:
+            raise ConfigError(f"max_context: {max_context} exceeds the model's own, {architecture.max_context}")
+        num_blocks = section.num_blocks or (section.kv_memory_mib << 20) // layout.block_bytes
+        if num_blocks < 2:
+            raise ConfigError(
+                f"kv_memory_mib: a pool of {num_blocks} blocks of {layout.block_bytes} bytes is too small; raise it"
+            )
+        return cls(
+            files=files,
+            architecture=architecture,
+            layout=layout,
+            device="cpu",
+            num_blocks=num_blocks,
+            max_context=max_context,
+            max_running=section.max_running,
+            num_threads=config.threads or len(os.sched_getaffinity(0)),
+            eos_token_ids=_eos_token_ids(files),
+            allow_pickle=config.allow_pickle,
+        )
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.num_blocks * self.layout.block_bytes
+
+
+class Engine:
+    """A loaded model and its pool. One thread at a time; `forward` writes only to the blocks that its entries name."""
+
+    def __init__(self, plan: EnginePlan, buffer: memoryview | mmap | None = None) -> None:
+        """buffer: where the pool lies, `plan.pool_bytes` long; default: memory of its own. Raises CheckpointError."""
+        torch.set_num_threads(plan.num_threads)
+        self.plan = plan
+        self.kv = KvCache(plan.layout, plan.num_blocks, buffer=buffer, device=plan.device)
+        self._decoder = Decoder(
+            plan.architecture,
+            open_checkpoint(plan.files, allow_pickle=plan.allow_pickle),
+            dtype=DTYPES[plan.layout.dtype],
+            device=plan.device,
+        )
+        self._runner: GraphRunner = EagerRunner(
+            self._run, max_sequences=plan.max_running, block_tokens=plan.layout.block_tokens
+        )
+
+    def warm_up(self) -> None:
+        """Runs a forward of each kind, and captures what the runner replays."""
+        self._runner.capture()
+        block_tokens = self.plan.layout.block_tokens
+        # the null block takes what warming up writes
+        self._run(build_batch([BatchEntry([0] * block_tokens, 0, [0])], block_tokens))
+
+    def forward(self, entries: Sequence[BatchEntry]) -> Tensor:
+        """Computes the entries' tokens; float32 logits [wanted, vocab], in the order of entries and their tokens."""
+        if len(entries) <= self._runner.max_sequences and all(
+            len(entry.token_ids) == 1 and entry.wants != "none" for entry in entries
+        ):
+            return self._runner.run(entries)
+        return self._run(build_batch(entries, self.plan.layout.block_tokens))
+
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies blocks within the pool, in order. Each block is one contiguous range."""
+        for source, target in zip(sources, targets, strict=True):
+            self.kv.pool[target].copy_(self.kv.pool[source])
+
+    def _run(self, batch: RaggedBatch) -> Tensor:
+        return self._decoder.forward(batch.to(self.plan.device), self.kv)
+
+
+def _eos_token_ids(files: ModelFiles) -> tuple[int, ...]:
+    """generation_config.json's, else config.json's; a chat model has several."""
+    path = files.folder / "generation_config.json"
+    for values in (read_json(path) if path.is_file() else {}, files.config):
+        found = values.get("eos_token_id")
+        if found is not None:
+            return tuple(cast(list[int], found)) if isinstance(found, list) else (cast(int, found),)
+    return ()
