@@ -16,6 +16,7 @@ from torch import Tensor
 from shared.logprobs import InvalidLogits, chunk_rows, token_logprobs
 from shared.penalties import SampleRow, edit_logits
 from shared.philox import token_uniforms
+from shared.sampling_params import SamplingParams
 from shared.truncation import integer_weights, truncate
 
 
@@ -73,17 +74,26 @@ def select_rows(logits: Tensor, indices: Sequence[int]) -> Tensor:
     return logits[torch.tensor(indices, device=logits.device)]
 
 
-def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
-    """logits [rows, vocab], edited -> token ids [rows], and whether each row had a distribution to draw from [rows]."""
-    params = [row.params for row in rows]
-    device = logits.device
-    temperature = torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device)
+def filtered_probs(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """What each row may draw: [rows, vocab] float32 probabilities, zero where removed, not scaled up to sum to 1 again.
+
+    logits: [rows, vocab] float32, bias and penalties applied; params: one per row, temperatures above 0.
+    """
+    temperature = torch.tensor([p.temperature for p in params], dtype=torch.float32, device=logits.device)
     scores = logits / temperature[:, None]
     probs = torch.softmax(scores, dim=-1)
     truncate(scores, probs, params)
-    uniforms = token_uniforms([p.seed for p in params], [r.index for r in rows], [r.position for r in rows], device)
-    cumulative = integer_weights(probs).cumsum(dim=-1)
+    return probs
+
+
+def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
+    """logits [rows, vocab], edited -> token ids [rows], and whether each row had a distribution to draw from [rows]."""
+    params = [row.params for row in rows]
+    cumulative = integer_weights(filtered_probs(logits, params)).cumsum(dim=-1)
     total = cumulative[:, -1:]
+    uniforms = token_uniforms(
+        [p.seed for p in params], [row.index for row in rows], [row.position for row in rows], logits.device
+    )
     # floor(u * total) is one of the integers 0 .. total - 1, and token i owns those from cumulative[i - 1] on.
     picks = torch.searchsorted(cumulative, (uniforms[:, None] * total).floor(), right=True)
     return picks.squeeze(1), total.squeeze(1) > 0

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from shared.sampling_params import SamplingParams
 
-# A token's weight is floor(probability * 2**48): a row's weights sum to about 2**48, so that all sums, and 53-bit
-# uniform numbers times a sum, are exact in float64. What is rounded away is below 2**-48 a token: never drawn nor missed.
+# A token's weight is floor(probability * 2**48). A row's weights sum to about 2**48, so every sum is exact in float64,
+# and a 53-bit uniform number times a sum stays below it. A token loses less than 2**-48: too little ever to be missed.
 WEIGHT_SCALE = 2.0**48
 # How many of a row's best tokens are looked at for top-p before the whole row is sorted.
 HEAD = 512
