@@ -115,8 +115,8 @@ class BlockPool:
 
         token_ids: the history from its start. blocks: its block table, held by the caller.
         num_computed: leading tokens whose KV is written for good; later calls may only extend the history of a block.
-        Idempotent, and costs nothing for blocks that are cached already. Where equal content is cached in another block,
-        that one stays. Raises ValueError if num_computed exceeds the tokens or blocks, or a block is not held.
+        Idempotent, and costs nothing for blocks that are cached already. Where equal content is cached in another one,
+        that stays. Raises ValueError if num_computed exceeds the tokens or blocks, or a block is not held.
         """
         num_full = num_computed // self.block_tokens
         if num_computed > len(token_ids) or num_full > len(blocks):
