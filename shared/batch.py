@@ -66,7 +66,9 @@ def build_batch(
         if not entry.token_ids or entry.start_position < 0:
             raise ValueError(f"entry {index}: {len(entry.token_ids)} tokens from position {entry.start_position}")
         if end > len(entry.block_table) * block_tokens:
-            raise ValueError(f"entry {index}: {len(entry.block_table)} blocks of {block_tokens} cannot hold {end} tokens")
+            raise ValueError(
+                f"entry {index}: {len(entry.block_table)} blocks of {block_tokens} cannot hold {end} tokens"
+            )
     num_padding = 0 if pad_to is None else pad_to - len(entries)
     if num_padding < 0:
         raise ValueError(f"{len(entries)} entries do not fit into {pad_to} rows")

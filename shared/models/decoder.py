@@ -57,6 +57,8 @@ class Decoder:
         for index, layer in enumerate(weights.layers):
             x = self._attention(x, layer, index, batch, kv)
             if index == last:  # what follows is row by row, and only these rows are read
+                if not batch.logit_rows.numel():
+                    return torch.empty(0, self.architecture.vocab_size)
                 x, residual = x[batch.logit_rows], residual[batch.logit_rows]
             x, residual = add_rms_norm(linear(x, layer.output), residual, layer.mlp_norm, eps)
             x = linear(self._activation(linear(x, layer.gate_up)), layer.down)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.linear import LinearWeight
+from kernels.linear import LinearWeight, probe_row_invariance
 from shared.checkpoint import Checkpoint, CheckpointError, check_names
 from shared.models.architecture import Architecture
 from shared.policies.table import POLICIES
@@ -41,9 +41,14 @@ def load_weights(
 ) -> DecoderWeights:
     """Reads parameter by parameter, so that at most one is held raw and packed at once.
 
-    Raises CheckpointError naming parameters that are missing, unexpected or of another shape than the config says.
+    Raises CheckpointError naming parameters that are missing, unexpected or of another shape than the config says, and
+    RuntimeError if this CPU's matmuls cannot keep a row's bits free of the rows beside it.
     """
-    return _Loader(architecture, checkpoint, dtype, device).load()
+    weights = _Loader(architecture, checkpoint, dtype, device).load()
+    first = weights.layers[0]
+    for weight in (first.qkv, first.output, first.gate_up, first.down, weights.lm_head):
+        probe_row_invariance(weight)
+    return weights
 
 
 class _Loader:
@@ -92,7 +97,7 @@ class _Loader:
         return self._packed(self._tensor(f"{ours}.weight", layer), bias)
 
     def _packed(self, weight: Tensor, bias: Tensor | None = None) -> LinearWeight:
-        return LinearWeight(weight, bias, dtype=self.dtype)
+        return LinearWeight(weight, bias)
 
     def _tensor(self, ours: str, layer: int = 0) -> Tensor:
         names = [name.format(layer=layer) for name in self.names[ours]]

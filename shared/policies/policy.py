@@ -1,4 +1,4 @@
-"""Hugging Face config.json → Architecture, by the table of the model's family. Free of torch: the gateway reads it too."""
+"""Hugging Face config.json → Architecture, by the table of the model's family. Free of torch."""
 
 import math
 from collections.abc import Mapping

@@ -1,0 +1,173 @@
+"""The same parameters from every kind of file."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shared.checkpoint import CheckpointError, GgufCheckpoint, PickleCheckpoint, check_names, open_checkpoint
+from shared.gguf_header import GgufError, read_gguf_header
+from shared.model_convert import ConversionError, convert_gguf, convert_tokenizer
+from shared.model_files import ModelFiles, Weights, find_weights
+from shared.models.architecture import Rope
+from shared.models.rope import inverse_frequencies
+from tests.shared.test_model_store import sharded
+from tests.tiny_models import gguf_state_dict, tiny_gguf, tiny_model, tiny_tokenizer, write_gguf
+
+
+def files_in(folder: Path, *, allow_pickle: bool = False) -> ModelFiles:
+    return ModelFiles("tiny", folder, find_weights(folder, allow_pickle=allow_pickle), "")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model("llama"), tmp_path / "tiny"))
+
+
+def test_safetensors_whole_and_sharded(model: Path) -> None:
+    expected = load_file(model / "model.safetensors")
+    for _ in range(2):
+        checkpoint = open_checkpoint(files_in(model))
+        assert checkpoint.names() == set(expected)
+        assert all(torch.equal(checkpoint.tensor(name), value) for name, value in expected.items())
+        if (model / "model.safetensors").exists():
+            sharded(model)
+    with pytest.raises(KeyError):
+        checkpoint.tensor("model.nothing")
+
+
+def test_truncated_safetensors(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a whole safetensors file"):
+        open_checkpoint(files_in(model))
+
+
+def test_pickle_by_flag_and_without_code(model: Path) -> None:
+    expected = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save(expected, model / "pytorch_model.bin")
+    files = files_in(model, allow_pickle=True)
+    with pytest.raises(CheckpointError, match="--allow-pickle"):
+        open_checkpoint(files)
+    checkpoint = open_checkpoint(files, allow_pickle=True)
+    assert checkpoint.names() == set(expected)
+    assert all(torch.equal(checkpoint.tensor(name), value) for name, value in expected.items())
+
+    torch.save({"x": Malicious(model / "ran")}, model / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="not a plain torch checkpoint"):
+        open_checkpoint(files, allow_pickle=True)
+    assert not (model / "ran").exists()
+    torch.save([1, 2], model / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="dictionary of tensors"):
+        PickleCheckpoint(files.weights.paths)
+
+
+class Malicious:
+    """Pickled as a call that makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_gguf_equals_transformers() -> None:
+    path = tiny_gguf()
+    theirs = gguf_state_dict(path, AutoModelForCausalLM.from_pretrained(tiny_model("llama")))
+    ours = GgufCheckpoint(path)
+    assert ours.names() == set(theirs)
+    for name, value in theirs.items():
+        assert torch.equal(ours.tensor(name), value), name
+    original = load_file(tiny_model("llama") / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.allclose(ours.tensor(name), original[name], atol=0.01), "Q8_0 is near, so rows are in their places"
+
+
+def test_damaged_gguf(tmp_path: Path) -> None:
+    whole = tiny_gguf().read_bytes()
+    damaged = tmp_path / "damaged.gguf"
+    for size in (0, 3, 30, 2000):
+        damaged.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"damaged\.gguf"):
+            open_checkpoint(ModelFiles("x", tmp_path, Weights("gguf", (damaged,)), ""))
+    damaged.write_bytes(whole[:-2000])
+    checkpoint = GgufCheckpoint(damaged)
+    with pytest.raises(CheckpointError, match="beyond the end of the GGUF file"):
+        [checkpoint.tensor(name) for name in checkpoint.names()]
+    damaged.write_bytes(b"GGUF\x07" + whole[5:])
+    with pytest.raises(GgufError, match="version 7"):
+        read_gguf_header(damaged)
+
+
+def test_gguf_conversion(tmp_path: Path) -> None:
+    convert_gguf(tiny_gguf(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    original = json.loads((tiny_model("llama") / "config.json").read_text())
+    for field in ("hidden_size", "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "model_type"):
+        assert config[field] == original[field], field
+    assert config["rms_norm_eps"] == pytest.approx(original["rms_norm_eps"])
+    converted = AutoTokenizer.from_pretrained(tmp_path)
+    text = "The quick brown 狐狸 🙂 jumps <|im_end|>"
+    assert converted.encode(text) == tiny_tokenizer().encode(text)
+    turns = [{"role": "user", "content": "hello"}]
+    assert converted.apply_chat_template(turns, tokenize=False) == tiny_tokenizer().apply_chat_template(
+        turns, tokenize=False
+    )
+
+
+def test_slow_tokenizer_conversion(tmp_path: Path) -> None:
+    vocabulary = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "vocab.json").write_text(json.dumps(vocabulary["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in vocabulary["merges"])
+    (tmp_path / "slow" / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
+    settings = {"tokenizer_class": "GPT2Tokenizer", "unk_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    (tmp_path / "slow" / "tokenizer_config.json").write_text(json.dumps(settings))
+    out = tmp_path / "out"
+    out.mkdir()
+    convert_tokenizer(tmp_path / "slow", out)
+    text = "The quick brown 狐狸 🙂 jumps"
+    assert AutoTokenizer.from_pretrained(out).encode(text) == tiny_tokenizer().encode(text)
+
+
+@pytest.mark.parametrize("divisors_are_llama3", [True, False])
+def test_gguf_rope_scaling_is_carried_over_or_refused(tmp_path: Path, divisors_are_llama3: bool) -> None:
+    """transformers drops rope_freqs.weight, and computes another model than the file holds."""
+    path = tmp_path / "scaled.gguf"
+    kind = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0}
+    write_scaled_gguf(path, divisors_are_llama3=divisors_are_llama3)
+    if not divisors_are_llama3:
+        with pytest.raises(ConversionError, match=r"rope_freqs\.weight that are not llama3's"):
+            convert_gguf(path, tmp_path)
+        return
+    convert_gguf(path, tmp_path)
+    rope = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
+    assert rope == {
+        **kind,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert "rope_freqs.weight" not in GgufCheckpoint(path).names()
+
+
+def write_scaled_gguf(path: Path, *, divisors_are_llama3: bool) -> None:
+    scaled = Rope(500_000.0, "llama3", factor=8.0, original_context=8192)
+    divisors = inverse_frequencies(Rope(500_000.0), 16) / inverse_frequencies(scaled, 16)
+    if not divisors_are_llama3:
+        divisors[2] *= 1.5
+    write_gguf(path, "llama", rope_theta=500_000.0, extra={"rope_freqs.weight": divisors.numpy()})
+
+
+def test_names_that_do_not_fit() -> None:
+    check_names({"a", "b", "rotary.3"}, {"a", "b"}, [r"rotary\.\d"])
+    with pytest.raises(CheckpointError, match=r"1 missing \(b\); 1 not expected by this family \(c\)"):
+        check_names({"a", "c"}, {"a", "b"})
+    with pytest.raises(CheckpointError, match=r"6 missing \(0, 1, 2, 3, …\)"):
+        check_names(set(), set("012345"))

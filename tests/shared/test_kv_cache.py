@@ -1,0 +1,67 @@
+"""The pool's bytes, and the layout record."""
+
+import mmap
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from shared.kv_cache import KvCache, KvLayout
+
+LAYOUT = KvLayout("d" * 64, "float32", num_layers=3, num_kv_heads=2, head_dim=8, block_tokens=4)
+
+
+def test_block_is_one_range_of_bytes_with_its_layers_keys_and_values() -> None:
+    cache = KvCache(LAYOUT, 5)
+    assert cache.pool.shape == (5, 3, 2, 2, 4, 8)
+    assert cache.block_bytes == LAYOUT.block_bytes == 3 * 2 * 2 * 4 * 8 * 4
+    keys, values = cache.layer(1)
+    assert keys.shape == values.shape == (5, 2, 4, 8)
+    keys[4], values[4] = 1.0, 2.0
+    block = cache.block(4)
+    assert (block.dtype, block.shape, block.is_contiguous()) == (torch.uint8, (LAYOUT.block_bytes,), True)
+    assert block.data_ptr() == cache.pool.data_ptr() + 4 * LAYOUT.block_bytes
+    seen = block.view(torch.float32).view(3, 2, 2, 4, 8)
+    assert seen[1, 0].eq(1).all()
+    assert seen[1, 1].eq(2).all()
+    assert not seen[0].any()
+    assert not seen[2].any()
+    assert not cache.pool[:4].any()
+    with pytest.raises(IndexError):
+        cache.block(5)
+
+
+def test_blocks_copied_byte_by_byte_between_pools() -> None:
+    source, target = KvCache(LAYOUT, 3), KvCache(LAYOUT, 4)
+    source.pool.normal_()
+    target.block(3).copy_(source.block(1))
+    assert torch.equal(target.pool[3], source.pool[1])
+    assert not target.pool[:3].any()
+
+
+def test_pool_in_shared_memory() -> None:
+    layout = replace(LAYOUT, dtype="bfloat16")
+    memory = mmap.mmap(-1, 6 * layout.block_bytes)
+    cache = KvCache(layout, 6, buffer=memory)
+    assert cache.pool.dtype == torch.bfloat16
+    cache.layer(2)[0][5] = 3.0
+    assert memory[-layout.block_bytes :] == bytes(cache.block(5).numpy())
+    assert any(memory[-layout.block_bytes :])
+    with pytest.raises(ValueError, match=f"7 blocks of {layout.block_bytes} bytes cannot lie in {len(memory)} bytes"):
+        KvCache(layout, 7, buffer=memory)
+
+
+def test_every_field_is_in_the_digest_and_the_difference() -> None:
+    other_values = {"model_digest": "e" * 64, "dtype": "bfloat16", "order": "layer,block,kv,head,token,dim"}
+    for field in fields(KvLayout):
+        value = getattr(LAYOUT, field.name)
+        other = replace(LAYOUT, **{field.name: other_values.get(field.name) or value + 1})
+        assert other.digest != LAYOUT.digest
+        assert LAYOUT.difference(other) == [field.name]
+    assert LAYOUT.difference(replace(LAYOUT)) == []
+    assert replace(LAYOUT).digest == LAYOUT.digest
+
+
+def test_digest_does_not_change_by_accident() -> None:
+    """Workers of two versions compare it: a change here needs a new CONTRACT_VERSION."""
+    assert LAYOUT.digest == "ae957420ace96453ef5dff4453d3e8350997ea5f46e7dbd2bf5724704f30a020"

@@ -1,0 +1,214 @@
+"""Tiny random models of every family, made on the fly with a tokenizer, once per test process.
+
+path = tiny_model("qwen3")       # a Hugging Face folder: config, safetensors, tokenizer, chat template
+path = tiny_gguf()               # the "llama" one as a .gguf file
+files = smollm2()                # the real default model, from the user's store (pulled if it is not there)
+"""
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from shared.model_files import ModelError, ModelFiles
+from shared.model_store import ModelStore
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_CORPUS = (
+    "The quick brown fox jumps over the lazy dog. def main(): return 0\n",
+    "Paris is the capital of France, and Rome is the capital of Italy.\n",
+    "你好，世界。 Emoji: 🙂🚀 — and a long dash.\n",
+)
+_SIZES = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.15,
+}
+# What each kind has beside the sizes above. All kinds of one family share its `model_type`.
+KINDS: dict[str, dict[str, object]] = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-untied-biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama-linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+    "llama-llama3": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "llama-yarn": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": 24},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2-sliding": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 24},
+}
+
+
+@functools.cache
+def _root() -> Path:
+    root = Path(tempfile.mkdtemp(prefix="tandem-tiny-models-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
+
+
+@functools.cache
+def tiny_model(kind: str = "llama", *, seed: int = 0) -> Path:
+    """A folder with a random model of KINDS, the same weights for the same seed."""
+    folder = _root() / f"tiny-{kind}-{seed}"
+    fields = {**_SIZES, **KINDS[kind]}
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            # Fresh norms are 1 and fresh biases 0: nothing would show that they are read.
+            if parameter.ndim == 1:
+                low, high = (-0.5, 0.5) if name.endswith("bias") else (0.5, 1.5)
+                torch.nn.init.uniform_(parameter, low, high)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder, save_jinja_files=False)
+    return folder
+
+
+@functools.cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 384 tokens: any text can be encoded."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_SIZES["vocab_size"],
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        min_frequency=1,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@functools.cache
+def tiny_gguf(kind: str = "llama") -> Path:
+    """A llama kind as a .gguf file."""
+    path = _root() / f"tiny-{kind}.gguf"
+    write_gguf(path, kind)
+    return path
+
+
+def write_gguf(
+    path: Path, kind: str, *, rope_theta: float = 10_000.0, extra: Mapping[str, np.ndarray] | None = None
+) -> None:
+    """A llama kind as llama.cpp's converter writes it: q and k rows permuted, matrices in Q8_0. `extra`: tensors."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(kind), dtype=torch.float32)
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    _add_tokenizer(writer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, parameter in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values = parameter.numpy()
+        for projection, num_heads in heads.items():
+            if projection in name:
+                pairs = values.reshape(num_heads, 2, values.shape[0] // num_heads // 2, *values.shape[1:])
+                values = pairs.swapaxes(1, 2).reshape(values.shape)
+        stored_as = gguf.GGMLQuantizationType.Q8_0 if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None
+        writer.add_tensor(gguf_name, gguf.quantize(np.ascontiguousarray(values), stored_as), raw_dtype=stored_as)
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    tokenizer = tiny_tokenizer()
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    tokens = [token for token, _ in vocabulary]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_token_types([control if token in SPECIAL_TOKENS else normal for token in tokens])
+    writer.add_token_merges(_merges(tokenizer))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _merges(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return [" ".join(pair) for pair in merges]
+
+
+def gguf_state_dict(path: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What transformers reads from a GGUF file for a model of its own, in float32."""
+    return load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+
+
+@functools.cache
+def smollm2() -> ModelFiles:
+    """The default model. A test that needs it is skipped where it is neither cached nor can be fetched."""
+    try:
+        return ModelStore().pull("smollm2-135m-instruct")
+    except ModelError as error:
+        pytest.skip(f"smollm2-135m-instruct is not here and cannot be fetched: {error}")
