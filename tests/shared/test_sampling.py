@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shared import logprobs
+from shared import logprobs, sampling
 from shared.logprobs import InvalidLogits
 from shared.penalties import SampleRow, TokenHistory, edit_logits
 from shared.sampling import Sampled, filtered_probs, sample
@@ -169,6 +169,13 @@ def test_logprobs_are_of_the_raw_logits_and_only_where_asked():
     assert zero == Sampled(7, raw[1, 7].item(), ())
     assert two.logprob == raw[2, 7].item()
     assert two.top == tuple(zip(raw[2].topk(2).indices.tolist(), raw[2].topk(2).values.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("uniform", "token_id"), [(0.0, 1), (0.25 - 2**-53, 1), (0.25, 2), (1 - 2**-53, 5)])
+def test_a_token_owns_the_uniforms_from_its_lower_edge_on(uniform, token_id, monkeypatch):
+    monkeypatch.setattr(sampling, "token_uniforms", lambda *_: torch.tensor([uniform], dtype=torch.float64))
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, 0.0, -torch.inf, 0.0, -torch.inf]])
+    assert sample(logits, [SampleRow(PLAIN, 0)])[0].token_id == token_id
 
 
 # The 99.9th percentile of chi-square with 15 degrees of freedom. Seeds are fixed, so the outcome never varies.

@@ -85,6 +85,12 @@ def test_the_lowest_ids_stay_of_equal_scores_at_the_cut():
     assert filtered_probs(logits, [params_of(top_k=2)]).nonzero()[:, 1].tolist() == [1, 3, 4, 6]  # top-k keeps ties
 
 
+def test_a_mass_of_exactly_p_is_enough():
+    logits = torch.zeros(1, 4)
+    assert filtered_probs(logits, [params_of(top_p=0.5)]).nonzero()[:, 1].tolist() == [0, 1]
+    assert hugging_face(logits, params_of(top_p=0.5)).isfinite().sum() == 2
+
+
 def exact(scores: list[float], probs: list[float], params: SamplingParams) -> set[int]:
     """The filters' definition, in integers without bound."""
     kept = set(range(len(scores)))
