@@ -28,7 +28,7 @@ INLINE void row(const void *gate_up, void *y, int64_t r, int64_t width, int dtyp
     }
 }
 
-void tandem_gated_activation(const void *gate_up, void *y, int64_t rows, int64_t width, int64_t dtype, int64_t function,
+int64_t tandem_gated_activation(const void *gate_up, void *y, int64_t rows, int64_t width, int64_t dtype, int64_t function,
                              int64_t threads) {
     int team = rows * width < 32768 ? 1 : (int)threads;
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
@@ -38,10 +38,11 @@ void tandem_gated_activation(const void *gate_up, void *y, int64_t rows, int64_t
         else if (function == SILU) row(gate_up, y, r, width, FLOAT32, SILU);
         else row(gate_up, y, r, width, FLOAT32, GELU_TANH);
     }
+    return 0;
 }
 
 /* The exponential alone, for the test of its accuracy. */
-void tandem_exp(const float *x, float *y, int64_t count) {
+int64_t tandem_exp(const float *x, float *y, int64_t count) {
     for (int64_t i = 0; i < count; i += VL) {
         vf value = {0};
         size_t bytes = (size_t)(count - i < VL ? count - i : VL) * sizeof(float);
@@ -49,4 +50,5 @@ void tandem_exp(const float *x, float *y, int64_t count) {
         value = vf_exp(value);
         memcpy(y + i, &value, bytes);
     }
+    return 0;
 }

@@ -17,6 +17,7 @@ enum {
     ROWS = 48,    /* rows that share one packed tile */
     GROUP = 6,    /* rows held in registers together */
     VECTORS = TILE / VL,
+    MAX_HEAD_DIM = 512, /* a thread's tiles lie on its stack */
 };
 
 typedef struct {
@@ -42,12 +43,16 @@ typedef struct {
 } State;
 
 typedef struct {
+    const char *k[TILE], *v[TILE];
+} Rows; /* where the keys and values of a tile lie */
+
+typedef struct {
     float *q;      /* groups of [head_dim][rows of the group], scaled */
     float *keys;   /* [head_dim][TILE] */
     float *values; /* [TILE][padded_dim]; unused where the cache can be read in place */
     float *scores; /* [ROWS][TILE] */
     State total, part;
-    const char *k_rows[TILE], *v_rows[TILE];
+    Rows rows[2]; /* this tile and the next */
 } Scratch;
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -84,9 +89,10 @@ INLINE void score_block(int rows, int vectors, int64_t head_dim, const float *q,
         for (int i = 0; i < vectors; i++) vf_store(scores + r * TILE + i * VL, acc[r][i]);
 }
 
-/* o[r] += sum over keys j in [begin, end), in order, of p[r][j] * v[j], for `vectors` vectors of dimensions. */
+/* o[r] += sum over keys j in [begin, end), in order, of p[r][j] * v[j], for `vectors` vectors of dimensions. The values of
+ * the next tile are prefetched meanwhile (a stale pointer there is harmless: a prefetch cannot fault). */
 INLINE void value_block(int rows, int vectors, int64_t begin, int64_t end, const float *p, const char *const *v_rows,
-                        int64_t column, float *o, int64_t o_stride) {
+                        const char *const *next, int64_t column, float *o, int64_t o_stride) {
     vf acc[GROUP][8];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -94,6 +100,7 @@ INLINE void value_block(int rows, int vectors, int64_t begin, int64_t end, const
         for (int i = 0; i < vectors; i++) acc[r][i] = vf_load(o + r * o_stride + column + i * VL);
     for (int64_t j = begin; j < end; j++) {
         const float *v = (const float *)v_rows[j] + column;
+        for (int i = 0; i < vectors * VL; i += 16) __builtin_prefetch((const float *)next[j] + column + i);
         vf value[8];
 #pragma GCC unroll 8
         for (int i = 0; i < vectors; i++) value[i] = vf_load(v + i * VL);
@@ -123,15 +130,15 @@ INLINE void score_rows(int rows, int64_t first, int64_t last, int64_t head_dim, 
     for (; i < last; i++) score_block(rows, 1, head_dim, q, keys + i * VL, scores + i * VL);
 }
 
-INLINE void value_rows(int rows, int64_t begin, int64_t end, const float *p, const char *const *v_rows, int64_t padded_dim, float *o) {
+INLINE void value_rows(int rows, int64_t begin, int64_t end, const float *p, const char *const *v_rows, const char *const *next, int64_t padded_dim, float *o) {
     int64_t i = 0, last = padded_dim / VL;
     if (begin >= end) return;
     if (widest(rows) >= 8)
-        for (; i + 8 <= last; i += 8) value_block(rows, 8, begin, end, p, v_rows, i * VL, o, padded_dim);
+        for (; i + 8 <= last; i += 8) value_block(rows, 8, begin, end, p, v_rows, next, i * VL, o, padded_dim);
     if (widest(rows) >= 4)
-        for (; i + 4 <= last; i += 4) value_block(rows, 4, begin, end, p, v_rows, i * VL, o, padded_dim);
-    for (; i + 2 <= last; i += 2) value_block(rows, 2, begin, end, p, v_rows, i * VL, o, padded_dim);
-    for (; i < last; i++) value_block(rows, 1, begin, end, p, v_rows, i * VL, o, padded_dim);
+        for (; i + 4 <= last; i += 4) value_block(rows, 4, begin, end, p, v_rows, next, i * VL, o, padded_dim);
+    for (; i + 2 <= last; i += 2) value_block(rows, 2, begin, end, p, v_rows, next, i * VL, o, padded_dim);
+    for (; i < last; i++) value_block(rows, 1, begin, end, p, v_rows, next, i * VL, o, padded_dim);
 }
 
 static void scores_of(int rows, int64_t first, int64_t last, int64_t head_dim, const float *q, const float *keys, float *scores) {
@@ -145,19 +152,19 @@ static void scores_of(int rows, int64_t first, int64_t last, int64_t head_dim, c
     }
 }
 
-static void values_of(int rows, int64_t begin, int64_t end, const float *p, const char *const *v_rows, int64_t padded_dim, float *o) {
+static void values_of(int rows, int64_t begin, int64_t end, const float *p, const char *const *v_rows, const char *const *next, int64_t padded_dim, float *o) {
     switch (rows) {
-    case 1: value_rows(1, begin, end, p, v_rows, padded_dim, o); break;
-    case 2: value_rows(2, begin, end, p, v_rows, padded_dim, o); break;
-    case 3: value_rows(3, begin, end, p, v_rows, padded_dim, o); break;
-    case 4: value_rows(4, begin, end, p, v_rows, padded_dim, o); break;
-    case 5: value_rows(5, begin, end, p, v_rows, padded_dim, o); break;
-    default: value_rows(6, begin, end, p, v_rows, padded_dim, o);
+    case 1: value_rows(1, begin, end, p, v_rows, next, padded_dim, o); break;
+    case 2: value_rows(2, begin, end, p, v_rows, next, padded_dim, o); break;
+    case 3: value_rows(3, begin, end, p, v_rows, next, padded_dim, o); break;
+    case 4: value_rows(4, begin, end, p, v_rows, next, padded_dim, o); break;
+    case 5: value_rows(5, begin, end, p, v_rows, next, padded_dim, o); break;
+    default: value_rows(6, begin, end, p, v_rows, next, padded_dim, o);
     }
 }
 
 /* Where the keys and values of positions [tile + begin, tile + end) lie. */
-static void locate(const Call *call, const Item *item, int64_t tile, int64_t begin, int64_t end, Scratch *scratch) {
+static void locate(const Call *call, const Item *item, int64_t tile, int64_t begin, int64_t end, Rows *rows) {
     const int32_t *table = call->block_tables + item->sequence * call->table_stride;
     int64_t bytes = bytes_of(call->dtype), entry = (tile + begin) / call->block_tokens;
     for (int64_t j = begin; j < end; entry++) {
@@ -168,8 +175,8 @@ static void locate(const Call *call, const Item *item, int64_t tile, int64_t beg
         const char *v = (const char *)call->v_cache +
                         bytes * (block * call->v_block + item->kv_head * call->v_head + offset * call->v_token);
         for (; j < stop; j++, k += bytes * call->k_token, v += bytes * call->v_token) {
-            scratch->k_rows[j] = k;
-            scratch->v_rows[j] = v;
+            rows->k[j] = k;
+            rows->v[j] = v;
         }
     }
 }
@@ -196,29 +203,48 @@ INLINE void transpose8(v8 m[8]) {
             }
 }
 
-/* keys[d][j] = k of position tile + j, for j in [begin, end); its groups of 8 are filled up with zeros. */
-INLINE void pack_keys(const Scratch *scratch, int64_t begin, int64_t end, int64_t head_dim, int dtype) {
-    static const float zeros[8];
-    for (int64_t j = begin / 8 * 8; j < end; j += 8)
-        for (int64_t d = 0; d < head_dim; d += 8) {
-            v8 block[8];
+/* keys[d][j] = k of position tile + j, for j in [begin, end) filled up to groups of 8 with zeros. Two bfloat16 of neighbouring
+ * dimensions are transposed as one 32-bit word. Meanwhile the first `ahead` keys of the next tile are prefetched: blocks
+ * lie anywhere in memory, so the processor cannot foresee them. */
+INLINE void pack_keys(float *packed, Rows *rows, int64_t begin, int64_t end, const Rows *next, int64_t ahead, int64_t head_dim,
+                      int dtype) {
+    static const float zeros[MAX_HEAD_DIM];
+    const char **k_rows = rows->k;
+    int64_t first = begin / 8 * 8, last = (end + 7) / 8 * 8;
+    for (int64_t j = first; j < begin; j++) k_rows[j] = (const char *)zeros;
+    for (int64_t j = end; j < last; j++) k_rows[j] = (const char *)zeros;
+    for (int64_t j = first; j < last; j += 8) {
+        for (int64_t i = j; i < smaller(j + 8, ahead); i++)
+            for (int64_t byte = 0; byte < head_dim * bytes_of(dtype); byte += 64) __builtin_prefetch(next->k[i] + byte);
+        float *keys = packed + j;
+        int64_t d = 0;
+        v8 block[8];
+        for (; dtype == BFLOAT16 && d + 16 <= head_dim; d += 16) {
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) {
-                int inside = j + i >= begin && j + i < end;
-                block[i] = inside ? read8(scratch->k_rows[j + i], d, 8, dtype) : v8_load(zeros);
-            }
+            for (int i = 0; i < 8; i++) block[i] = v8_load((const float *)(k_rows[j + i] + d * 2));
             transpose8(block);
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) v8_store(scratch->keys + (d + i) * TILE + j, block[i]);
+            for (int i = 0; i < 8; i++) {
+                v8_store(keys + (d + 2 * i) * TILE, (v8)((u8x32)block[i] << 16));
+                v8_store(keys + (d + 2 * i + 1) * TILE, (v8)((u8x32)block[i] & 0xffff0000u));
+            }
         }
+        for (; d < head_dim; d += 8) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) block[i] = read8(k_rows[j + i], d, 8, dtype);
+            transpose8(block);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) v8_store(keys + (d + i) * TILE, block[i]);
+        }
+    }
 }
 
-/* values[j][:head_dim] = v of position tile + j as float32; v_rows then points here. */
-INLINE void pack_values(Scratch *scratch, int64_t begin, int64_t end, int64_t head_dim, int dtype) {
+/* values[j][:head_dim] = v of position tile + j as float32; rows->v then points here. */
+INLINE void pack_values(float *packed, Rows *rows, int64_t begin, int64_t end, int64_t head_dim, int dtype) {
     for (int64_t j = begin; j < end; j++) {
-        float *row = scratch->values + j * padded(head_dim);
-        for (int64_t d = 0; d < head_dim; d += 8) v8_store(row + d, read8(scratch->v_rows[j], d, 8, dtype));
-        scratch->v_rows[j] = (const char *)row;
+        float *row = packed + j * padded(head_dim);
+        for (int64_t d = 0; d < head_dim; d += 8) v8_store(row + d, read8(rows->v[j], d, 8, dtype));
+        rows->v[j] = (const char *)row;
     }
 }
 
@@ -255,15 +281,18 @@ static void attend(const Call *call, const Item *item, int64_t begin, int64_t en
     memset(state.o, 0, (size_t)(rows * padded_dim) * sizeof(float));
     memset(state.l, 0, (size_t)rows * sizeof(float));
     for (int64_t r = 0; r < rows; r++) state.m[r] = -INFINITY;
-    for (int64_t tile = begin / TILE * TILE; tile < end; tile += TILE) {
-        int64_t first = larger(begin - tile, 0), last = smaller(end - tile, TILE);
-        locate(call, item, tile, first, last, scratch);
+    int64_t first_tile = begin / TILE * TILE;
+    locate(call, item, first_tile, begin - first_tile, smaller(end - first_tile, TILE), &scratch->rows[first_tile / TILE % 2]);
+    for (int64_t tile = first_tile; tile < end; tile += TILE) {
+        int64_t first = larger(begin - tile, 0), last = smaller(end - tile, TILE), ahead = larger(smaller(end - tile - TILE, TILE), 0);
+        Rows *here = &scratch->rows[tile / TILE % 2], *next = &scratch->rows[(tile / TILE + 1) % 2];
+        locate(call, item, tile + TILE, 0, ahead, next);
         if (call->dtype == BFLOAT16) {
-            pack_keys(scratch, first, last, head_dim, BFLOAT16);
-            pack_values(scratch, first, last, head_dim, BFLOAT16);
+            pack_keys(scratch->keys, here, first, last, next, ahead, head_dim, BFLOAT16);
+            pack_values(scratch->values, here, first, last, head_dim, BFLOAT16);
         } else {
-            pack_keys(scratch, first, last, head_dim, FLOAT32);
-            if (padded_dim != head_dim) pack_values(scratch, first, last, head_dim, FLOAT32);
+            pack_keys(scratch->keys, here, first, last, next, ahead, head_dim, FLOAT32);
+            if (padded_dim != head_dim) pack_values(scratch->values, here, first, last, head_dim, FLOAT32);
         }
         for (int64_t g = 0; g < rows; g += GROUP) {
             int n = (int)smaller(GROUP, rows - g);
@@ -284,11 +313,11 @@ static void attend(const Call *call, const Item *item, int64_t begin, int64_t en
             /* A row takes exactly its own keys, in order: alone before and after the range that the whole group shares. */
             int shared = common_from < common_to;
             for (int r = 0; r < n; r++)
-                values_of(1, from[r], shared ? common_from : to[r], scores + r * TILE, scratch->v_rows, padded_dim, o + r * padded_dim);
+                values_of(1, from[r], shared ? common_from : to[r], scores + r * TILE, here->v, next->v, padded_dim, o + r * padded_dim);
             if (!shared) continue;
-            values_of(n, common_from, common_to, scores, scratch->v_rows, padded_dim, o);
+            values_of(n, common_from, common_to, scores, here->v, next->v, padded_dim, o);
             for (int r = 0; r < n; r++)
-                values_of(1, common_to, to[r], scores + r * TILE, scratch->v_rows, padded_dim, o + r * padded_dim);
+                values_of(1, common_to, to[r], scores + r * TILE, here->v, next->v, padded_dim, o + r * padded_dim);
         }
     }
 }
@@ -444,7 +473,7 @@ int64_t tandem_paged_attention(const void *q, const void *k_cache, const void *v
         float queries[ROWS * head_dim] __attribute__((aligned(64))), keys[TILE * head_dim] __attribute__((aligned(64)));
         float values[TILE * padded_dim] __attribute__((aligned(64))), scores[ROWS * TILE] __attribute__((aligned(64)));
         float outputs[2][ROWS * padded_dim] __attribute__((aligned(64))), maxima[2][ROWS], sums[2][ROWS];
-        Scratch scratch = {queries, keys, values, scores, {outputs[0], maxima[0], sums[0]}, {outputs[1], maxima[1], sums[1]}, {0}, {0}};
+        Scratch scratch = {queries, keys, values, scores, {outputs[0], maxima[0], sums[0]}, {outputs[1], maxima[1], sums[1]}, {{{0}, {0}}}};
         /* Lanes beyond the last key and dimension are computed and dropped; zeros keep them free of denormals. */
         memset(keys, 0, sizeof keys);
         if (padded_dim != head_dim) memset(values, 0, sizeof values);

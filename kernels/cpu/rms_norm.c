@@ -24,7 +24,7 @@ INLINE void row(const void *x, const void *residual, const void *weight, void *y
     }
 }
 
-void tandem_rms_norm(const void *x, const void *residual, const void *weight, void *y, void *residual_out, int64_t rows,
+int64_t tandem_rms_norm(const void *x, const void *residual, const void *weight, void *y, void *residual_out, int64_t rows,
                      int64_t width, double eps, int64_t dtype, int64_t weight_dtype, int64_t threads) {
     int team = rows * width < 65536 ? 1 : (int)threads;
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
@@ -34,4 +34,5 @@ void tandem_rms_norm(const void *x, const void *residual, const void *weight, vo
         else
             row(x, residual, weight, y, residual_out, r * width, width, (float)eps, FLOAT32, (int)weight_dtype);
     }
+    return 0;
 }

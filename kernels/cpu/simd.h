@@ -52,13 +52,24 @@ INLINE vf vf_load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
 INLINE void vf_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 INLINE v8 v8_set1(float x) { return (v8){x, x, x, x, x, x, x, x}; }
 
-INLINE v8 bf16_widen(u8x16 half) { return (v8)(__builtin_convertvector(half, u8x32) << 16); }
+#if defined(__AVX2__) /* gcc 12 splits these two conversions into halves */
+INLINE u8x32 widen_u16(u8x16 half) { return (u8x32)_mm256_cvtepu16_epi32((__m128i)half); }
+INLINE u8x16 narrow_u32(u8x32 x) {
+    __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+    return (u8x16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+#else
+INLINE u8x32 widen_u16(u8x16 half) { return __builtin_convertvector(half, u8x32); }
+INLINE u8x16 narrow_u32(u8x32 x) { return __builtin_convertvector(x, u8x16); }
+#endif
+
+INLINE v8 bf16_widen(u8x16 half) { return (v8)(widen_u16(half) << 16); }
 
 /* Round to nearest even; a NaN stays a NaN. */
 INLINE u8x16 bf16_round(v8 x) {
     u8x32 bits = (u8x32)x, is_nan = (u8x32)(x != x);
     u8x32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return __builtin_convertvector((rounded & ~is_nan) | (0x7fc0u & is_nan), u8x16);
+    return narrow_u32((rounded & ~is_nan) | (0x7fc0u & is_nan));
 }
 
 INLINE int64_t bytes_of(int dtype) { return dtype == BFLOAT16 ? 2 : 4; }

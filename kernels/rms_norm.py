@@ -1,0 +1,94 @@
+"""RMSNorm, alone or fused with the residual addition before it.
+
+    y = x / sqrt(mean(x^2) + eps) * weight            (Zhang and Sennrich 2019, arXiv:1910.07467)
+
+x, residual, y   [rows, width], contiguous, float32 or bfloat16
+weight           [width], x's dtype or float32
+
+float32 inside, rounded once at the end. A row's bits depend on that row alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import library
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """RMSNorm of each row of x -> y of x's shape and dtype. Raises ValueError when a tensor breaks the contract."""
+    _check(x, weight)
+    if out is None:
+        out = torch.empty_like(x)
+    else:
+        _check_same("out", out, x)
+    rows, width = x.shape
+    library.function("tandem_rms_norm", "pppppiidiii")(
+        x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), None,
+        rows, width, eps, _DTYPES[x.dtype], _DTYPES[weight.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    out: Tensor | None = None,
+    residual_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """new_residual = x + residual, y = RMSNorm(new_residual) -> (y, new_residual), both of x's shape and dtype.
+
+    The norm reads new_residual as rounded to x's dtype. `residual_out` may be `residual` itself, to add in place.
+    Raises ValueError when a tensor breaks the contract.
+    """
+    _check(x, weight)
+    _check_same("residual", residual, x)
+    if out is None:
+        out = torch.empty_like(x)
+    else:
+        _check_same("out", out, x)
+    if residual_out is None:
+        residual_out = torch.empty_like(x)
+    else:
+        _check_same("residual_out", residual_out, x)
+    rows, width = x.shape
+    library.function("tandem_rms_norm", "pppppiidiii")(
+        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), residual_out.data_ptr(),
+        rows, width, eps, _DTYPES[x.dtype], _DTYPES[weight.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out, residual_out
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm in plain torch, in the dtype of its inputs."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Residual addition and RMSNorm in plain torch, in the dtype of its inputs."""
+    total = x + residual
+    return rms_norm_reference(total, weight, eps), total
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if x.device.type != "cpu":
+        raise ValueError(f"rms_norm runs on: cpu; got a tensor on {x.device}")
+    if x.dtype not in _DTYPES or x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(f"x must be contiguous float32 or bfloat16 [rows, width], got {x.dtype} {list(x.shape)}")
+    if weight.dtype not in (x.dtype, torch.float32) or weight.shape != x.shape[1:] or not weight.is_contiguous():
+        raise ValueError(
+            f"weight must be contiguous {x.dtype} or float32 [{x.shape[1]}], got {weight.dtype} {list(weight.shape)}"
+        )
+
+
+def _check_same(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype or tensor.shape != x.shape or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous {x.dtype} {list(x.shape)} like x, got {tensor.dtype} {list(tensor.shape)}"
+        )

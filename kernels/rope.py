@@ -1,0 +1,154 @@
+"""Rotary position embedding of a fused qkv projection, with the cache write and the optional per-head q/k norm.
+
+    rotate-half (Su et al. 2021, arXiv:2104.09864, in the half-split order of Llama checkpoints), for i < rotary / 2:
+        y[i]              = x[i] * cos[p, i] - x[i + rotary / 2] * sin[p, i]
+        y[i + rotary / 2] = x[i + rotary / 2] * cos[p, i] + x[i] * sin[p, i]
+
+Dimensions from `rotary` on pass through. With q_norm and k_norm, each head is first RMS-normalised (Qwen 3).
+
+    qkv          [tokens, (heads + 2 * kv_heads) * head_dim]: q heads, k heads, v heads
+    cos_sin      [max_positions, rotary] float32: cos in the first half of a row and sin in the second, any attention factor
+                 multiplied in
+    positions    [tokens] int32, absolute
+    slots        [tokens] int64, block * block_tokens + offset: where k and v go
+    k_cache      [blocks, kv_heads, block_tokens, head_dim], any strides but the last; v_cache alike
+    q_norm       [head_dim], qkv's dtype or float32; k_norm alike
+    q (returned) [tokens, heads, head_dim]
+
+float32 inside, rounded once at the end. A token's bits depend on that token alone. Two tokens of one call may only share a
+slot of the null block, whose content nobody reads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import library
+from kernels.rms_norm import rms_norm_reference
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rotates q and k, writes k and v into the cache, returns q; see the module for shapes.
+
+    float32 or bfloat16 (qkv and caches alike); head_dim a multiple of 8, rotary even and at most head_dim. Raises ValueError
+    when a tensor breaks the contract and IndexError, with nothing written, when a position or slot is out of range.
+    """
+    tokens = qkv.shape[0]
+    num_blocks, _, block_tokens, head_dim = k_cache.shape
+    _check(qkv, cos_sin, positions, slots, k_cache, v_cache, num_heads, num_kv_heads, q_norm, k_norm)
+    if out is None:
+        out = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype)
+    elif out.dtype != qkv.dtype or out.shape != (tokens, num_heads, head_dim) or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous {qkv.dtype} [{tokens}, {num_heads}, {head_dim}], got {out.dtype} {list(out.shape)}"
+        )
+    failed = library.function("tandem_rope_and_cache", "ppppppp" + "i" * 14 + "ppdiii")(
+        qkv.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(), slots.data_ptr(),
+        out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        tokens, num_heads, num_kv_heads, head_dim, cos_sin.shape[1], cos_sin.shape[0], num_blocks, block_tokens,
+        None if q_norm is None else q_norm.data_ptr(), None if k_norm is None else k_norm.data_ptr(),
+        eps, 0 if q_norm is None else _DTYPES[q_norm.dtype], _DTYPES[qkv.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        token = failed - 1
+        raise IndexError(
+            f"token {token}: position {int(positions[token])} must be below {cos_sin.shape[0]} "
+            f"and slot {int(slots[token])} below {num_blocks * block_tokens}"
+        )
+    return out
+
+
+def rope_and_cache_reference(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The same in plain torch, in the dtype of its inputs (float64 for tests)."""
+    _, _, block_tokens, head_dim = k_cache.shape
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], 1)
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)
+    cosine, sine = cos_sin[positions.long()][:, None].chunk(2, -1)  # each [tokens, 1, rotary / 2]
+
+    def rotate(x: Tensor) -> Tensor:
+        low, high, rest = x.tensor_split([cos_sin.shape[1] // 2, cos_sin.shape[1]], -1)
+        return torch.cat([low * cosine - high * sine, high * cosine + low * sine, rest], -1)
+
+    blocks, offsets = slots // block_tokens, slots % block_tokens
+    k_cache[blocks, :, offsets] = rotate(k)
+    v_cache[blocks, :, offsets] = v
+    return rotate(q)
+
+
+def _check(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> None:
+    if qkv.device.type != "cpu":
+        raise ValueError(f"rope_and_cache runs on: cpu; got a tensor on {qkv.device}")
+    dtype, tokens, head_dim = qkv.dtype, qkv.shape[0], k_cache.shape[3]
+    if dtype not in _DTYPES or k_cache.dtype != dtype or v_cache.dtype != dtype:
+        raise ValueError(
+            f"qkv, k_cache and v_cache must share float32 or bfloat16, got {dtype}, {k_cache.dtype}, {v_cache.dtype}"
+        )
+    if head_dim % 8 or k_cache.shape != v_cache.shape or k_cache.shape[1] != num_kv_heads:
+        raise ValueError(
+            f"caches must be [blocks, {num_kv_heads}, block_tokens, a multiple of 8], "
+            f"got {list(k_cache.shape)} and {list(v_cache.shape)}"
+        )
+    if qkv.shape != (tokens, (num_heads + 2 * num_kv_heads) * head_dim) or not qkv.is_contiguous():
+        raise ValueError(
+            f"qkv must be contiguous [tokens, ({num_heads} + 2 * {num_kv_heads}) * {head_dim}], got {list(qkv.shape)}"
+        )
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        raise ValueError("the last dimension of k_cache and v_cache must be contiguous")
+    rotary = cos_sin.shape[1]
+    if cos_sin.dtype != torch.float32 or rotary % 2 or rotary > head_dim or not cos_sin.is_contiguous():
+        raise ValueError(
+            f"cos_sin must be contiguous float32 [max_positions, even and at most {head_dim}], "
+            f"got {cos_sin.dtype} {list(cos_sin.shape)}"
+        )
+    for name, tensor, wanted in (("positions", positions, torch.int32), ("slots", slots, torch.int64)):
+        if tensor.dtype != wanted or tensor.shape != (tokens,) or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {wanted} [{tokens}], got {tensor.dtype} {list(tensor.shape)}")
+    if q_norm is None and k_norm is None:
+        return
+    if q_norm is None or k_norm is None or q_norm.dtype != k_norm.dtype:
+        raise ValueError("q_norm and k_norm come together, of one dtype")
+    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if weight.dtype not in (dtype, torch.float32) or weight.shape != (head_dim,) or not weight.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {dtype} or float32 [{head_dim}], got {weight.dtype} {list(weight.shape)}")

@@ -1,0 +1,202 @@
+"""Paged attention against its float64 reference, and the same bits for a row in whatever call it is part of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.attention import paged_attention, paged_attention_reference
+
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
+
+
+@dataclass
+class Case:
+    """A pool with every sequence's keys and values in it, and the queries of all its tokens."""
+
+    queries: list[Tensor]  # per sequence [length, heads, head_dim]
+    tables: list[list[int]]
+    k_cache: Tensor
+    v_cache: Tensor
+    window: int | None
+
+    def run(self, spans: list[tuple[int, int, int]], *, padding: int = 0, reference: bool = False) -> Tensor:
+        """One call over (sequence, first token, end token) spans, each with all before it in the cache."""
+        queries = [self.queries[s][begin:end] for s, begin, end in spans]
+        queries += [torch.zeros_like(self.queries[0][:1])] * padding
+        contexts = [end for _, _, end in spans] + [1] * padding
+        width = max(len(table) for table in self.tables)
+        tables = [self.tables[s] + [0] * (width - len(self.tables[s])) for s, _, _ in spans] + [[0] * width] * padding
+        q = torch.cat(queries)
+        cu_seqlens = torch.tensor([0, *(len(part) for part in queries)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        context_lens, block_tables = torch.tensor(contexts, dtype=torch.int32), torch.tensor(tables, dtype=torch.int32)
+        scale = q.shape[2] ** -0.5
+        if reference:
+            wide = [t.double() for t in (q, self.k_cache, self.v_cache)]
+            return paged_attention_reference(*wide, cu_seqlens, context_lens, block_tables, scale, self.window)
+        out = torch.full((len(q), q.shape[1] * q.shape[2]), torch.nan, dtype=q.dtype)
+        paged_attention(
+            q, self.k_cache, self.v_cache, cu_seqlens, context_lens, block_tables, scale, self.window, out=out
+        )
+        return out[: len(q) - padding]
+
+    def whole(self, sequence: int = 0) -> Tensor:
+        return self.run([(sequence, 0, len(self.queries[sequence]))])
+
+
+def make_case(
+    lengths: list[int],
+    heads: int = 9,
+    kv_heads: int = 3,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    window: int | None = None,
+    block_tokens: int = 16,
+    seed: int = 0,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-length // block_tokens) for length in lengths]
+    blocks = iter((torch.randperm(sum(counts), generator=generator) + 1).tolist())
+    tables = [[next(blocks) for _ in range(count)] for count in counts]
+    # [blocks, layers, k and v, kv_heads, block_tokens, head_dim]; what no sequence owns is poison
+    pool = torch.full((sum(counts) + 1, 2, 2, kv_heads, block_tokens, head_dim), torch.nan, dtype=dtype)
+    pool[0] = 0
+    k_cache, v_cache = pool[:, 1, 0], pool[:, 1, 1]
+    for length, table in zip(lengths, tables, strict=True):
+        for cache in (k_cache, v_cache):
+            rows = torch.randn(length, kv_heads, head_dim, generator=generator).to(dtype)
+            for i, block in enumerate(table):
+                part = rows[i * block_tokens : (i + 1) * block_tokens]
+                cache[block, :, : len(part)] = part.transpose(0, 1)
+    queries = [(2 * torch.randn(length, heads, head_dim, generator=generator)).to(dtype) for length in lengths]
+    return Case(queries, tables, k_cache, v_cache, window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim",
+    [(3, 3, 64), (9, 3, 64), (8, 1, 80), (16, 2, 96), (4, 4, 8), (5, 1, 128), (6, 2, 256), (71, 1, 64), (2, 1, 24)],
+)
+def test_prefill_and_decode_match_the_reference(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    case = make_case([1, 15, 16, 17, 55, 130], heads, kv_heads, head_dim, dtype)
+    spans = [(0, 0, 1), (1, 14, 15), (2, 0, 16), (3, 16, 17), (4, 0, 55), (5, 77, 130)]
+    out, expected = case.run(spans), case.run(spans, reference=True)
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 100, 600])
+@pytest.mark.parametrize("block_tokens", [1, 7, 16, 128])
+def test_sliding_windows_and_block_sizes_match_the_reference(window: int, block_tokens: int) -> None:
+    case = make_case([700, 65], window=window, block_tokens=block_tokens)
+    spans = [(0, 400, 700), (1, 0, 65), (0, 699, 700)]
+    torch.testing.assert_close(case.run(spans).double(), case.run(spans, reference=True), atol=2e-6, rtol=2e-6)
+
+
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    case = make_case([300])
+    case.queries[0] *= 100
+    torch.testing.assert_close(
+        case.whole().double(), case.run([(0, 0, 300)], reference=True), atol=2e-4, rtol=2e-4
+    )
+
+
+def test_a_nan_key_reaches_every_row_that_sees_it_and_no_other() -> None:
+    case = make_case([40], heads=2, kv_heads=1)
+    case.k_cache[case.tables[0][1], :, 4] = torch.nan  # position 20
+    out = case.whole()
+    assert out[:20].isfinite().all()
+    assert out[20:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(3, 3, 64), (9, 3, 64), (8, 1, 80), (16, 2, 40)])
+@pytest.mark.parametrize("window", [None, 70])
+def test_chunks_and_decode_steps_give_the_bits_of_the_whole_prefill(
+    heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype
+) -> None:
+    length = 600  # crosses a split at 512
+    case = make_case([length], heads, kv_heads, head_dim, dtype, window)
+    whole = case.whole()
+    assert whole.isfinite().all()
+    for chunk in (7, 16, 64, 511):
+        parts = [case.run([(0, i, min(i + chunk, length))]) for i in range(0, length, chunk)]
+        assert torch.equal(torch.cat(parts), whole), chunk
+    steps = [*range(0, 40), 63, 64, 127, 128, 300, 510, 511, 512, 513, 598, 599]
+    assert torch.equal(torch.cat([case.run([(0, i, i + 1)]) for i in steps]), whole[steps])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_neighbours_and_padding_leave_the_bits_alone(dtype: torch.dtype) -> None:
+    lengths = torch.randint(1, 200, (64,), generator=torch.Generator().manual_seed(1)).tolist()
+    case = make_case(lengths, dtype=dtype)
+    alone = [case.run([(s, length - 1, length)]) for s, length in enumerate(lengths)]
+    for batch in (2, 3, 8, 17, 64):
+        spans = [(s, lengths[s] - 1, lengths[s]) for s in range(batch)]
+        assert torch.equal(case.run(spans), torch.cat(alone[:batch])), batch
+        assert torch.equal(case.run(spans, padding=5), torch.cat(alone[:batch])), batch
+    mixed = case.run([(0, 0, lengths[0]), (1, lengths[1] - 1, lengths[1]), (2, 0, lengths[2])], padding=1)
+    assert torch.equal(mixed, torch.cat([case.whole(0), alone[1], case.whole(2)]))
+
+
+@pytest.mark.parametrize("window", [None, 900])
+def test_the_number_of_threads_leaves_the_bits_alone(window: int | None) -> None:
+    case = make_case([2500, 3], window=window)  # one sequence alone is shared out by splits
+    spans = [[(0, 2499, 2500)], [(0, 2490, 2500), (1, 0, 3)], [(0, 100, 1200)]]
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append([case.run(span) for span in spans])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    assert torch.equal(results[0][1][9], results[0][0][0])
+
+
+def test_empty_sequences_and_empty_batches() -> None:
+    case = make_case([20, 30])
+    assert torch.equal(case.run([(0, 5, 5), (1, 29, 30), (0, 0, 0)]), case.whole(1)[29:])
+    assert case.run([(0, 5, 5)]).shape == (0, 9 * 64)
+
+
+def test_broken_contracts_are_refused() -> None:
+    case = make_case([40])
+    q = case.queries[0]
+    cu_seqlens = torch.tensor([0, 40], dtype=torch.int32)
+    context = torch.tensor([40], dtype=torch.int32)
+    table = torch.tensor([case.tables[0]], dtype=torch.int32)
+
+    def run(**changes: object) -> Tensor:
+        arguments = dict(
+            q=q, k_cache=case.k_cache, v_cache=case.v_cache, cu_seqlens=cu_seqlens, context_lens=context, block_tables=table,
+            scale=0.125, sliding_window=None, out=None,
+        )  # fmt: skip
+        return paged_attention(**{**arguments, **changes})  # type: ignore[arg-type]
+
+    run()
+    for message, change in {
+        "share float32 or bfloat16": {"q": q.bfloat16()},
+        "q must be contiguous": {"q": q.transpose(0, 1).contiguous().transpose(0, 1)},
+        "multiple of 8": {"q": q[..., :12].contiguous()},
+        "does not fit": {"q": q[:, :8].contiguous()},
+        "cu_seqlens must be int32": {"cu_seqlens": cu_seqlens.long()},
+        "wanted one more": {"context_lens": torch.ones(2, dtype=torch.int32)},
+        "at least 1": {"sliding_window": 0},
+        "out must be": {"out": torch.empty(3)},
+        "runs on: cpu": {"q": q.to("meta")},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            run(**change)
+    for message, change in {
+        "do not fit its block table": {"context_lens": torch.tensor([49], dtype=torch.int32)},
+        "sequence 0: 40 query tokens": {"context_lens": torch.tensor([39], dtype=torch.int32)},
+        "names a block outside": {"block_tables": table + 1000},
+        "cu_seqlens must go from 0": {"cu_seqlens": torch.tensor([0, 41], dtype=torch.int32)},
+    }.items():
+        with pytest.raises(IndexError, match=message):
+            run(**change)

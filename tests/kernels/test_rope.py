@@ -1,0 +1,115 @@
+"""Rope, cache write and q/k norm against their float64 reference, and the same bits for a token among any others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.rope import rope_and_cache, rope_and_cache_reference
+
+BLOCK_TOKENS, BLOCKS = 16, 40
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def make_cos_sin(rotary: int, positions: int = 512) -> Tensor:
+    frequencies = 10000.0 ** (-torch.arange(0, rotary, 2, dtype=torch.float64) / rotary)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], 1).float()
+
+
+def make_caches(kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    pool = torch.full((BLOCKS, 2, 2, kv_heads, BLOCK_TOKENS, head_dim), torch.nan, dtype=dtype)
+    return pool[:, 1, 0], pool[:, 1, 1]
+
+
+@DTYPES
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "qk_norm"])
+@pytest.mark.parametrize(
+    "tokens, heads, kv_heads, head_dim, rotary",
+    [(1, 9, 3, 64, 64), (37, 4, 4, 8, 8), (5, 8, 1, 80, 32), (130, 16, 2, 128, 128), (3, 2, 1, 24, 6), (2, 3, 1, 256, 256)],
+)
+def test_matches_the_reference(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, rotary: int, normed: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(tokens)
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim).to(dtype)
+    cos_sin = make_cos_sin(rotary)
+    positions = torch.randint(0, 512, (tokens,), dtype=torch.int32)
+    slots = torch.randperm(BLOCKS * BLOCK_TOKENS)[:tokens]
+    norms = [torch.randn(head_dim).to(dtype) for _ in range(2)] if normed else [None, None]
+    k_cache, v_cache = make_caches(kv_heads, head_dim, dtype)
+    out = torch.full((tokens, heads, head_dim), torch.nan, dtype=dtype)
+    q = rope_and_cache(qkv, cos_sin, positions, slots, k_cache, v_cache, heads, kv_heads, *norms, 1e-6, out=out)
+    assert q is out
+
+    wide_k, wide_v = make_caches(kv_heads, head_dim, torch.float64)
+    wide_norms = [None if norm is None else norm.double() for norm in norms]
+    expected = rope_and_cache_reference(
+        qkv.double(), cos_sin.double(), positions, slots, wide_k, wide_v, heads, kv_heads, *wide_norms, 1e-6
+    )
+    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(q.double(), expected, atol=tolerance, rtol=tolerance)
+    # equal_nan: every other slot still holds its poison
+    torch.testing.assert_close(k_cache.double(), wide_k, atol=tolerance, rtol=tolerance, equal_nan=True)
+    torch.testing.assert_close(v_cache.double(), wide_v, atol=0, rtol=0, equal_nan=True)
+
+
+@DTYPES
+def test_a_token_keeps_its_bits_among_others_and_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tokens, heads, kv_heads, head_dim = 128, 9, 3, 64
+    qkv, cos_sin = torch.randn(tokens, 15 * head_dim).to(dtype), make_cos_sin(head_dim)
+    positions, slots = torch.arange(tokens, dtype=torch.int32), torch.randperm(BLOCKS * BLOCK_TOKENS)[:tokens]
+    norms = torch.randn(2, head_dim).to(dtype)
+
+    def run(begin: int, end: int, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        rows = slice(begin, end)
+        return rope_and_cache(
+            qkv[rows], cos_sin, positions[rows], slots[rows], k_cache, v_cache, heads, kv_heads, norms[0], norms[1]
+        )
+
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads, chunk in ((1, 128), (2, 128), (1, 1), (1, 7), (2, 64)):
+            torch.set_num_threads(threads)
+            caches = make_caches(kv_heads, head_dim, dtype)
+            q = torch.cat([run(i, min(i + chunk, tokens), *caches) for i in range(0, tokens, chunk)])
+            results.append((q, *(cache.nan_to_num() for cache in caches)))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_padding_rows_only_touch_the_null_block() -> None:
+    k_cache, v_cache = make_caches(1, 8, torch.float32)
+    rope_and_cache(
+        torch.zeros(4, 24), make_cos_sin(8), torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int64),
+        k_cache, v_cache, 1, 1,
+    )  # fmt: skip
+    assert k_cache[1:].isnan().all() and v_cache[1:].isnan().all()
+
+
+def test_broken_contracts_are_refused() -> None:
+    k_cache, v_cache = make_caches(1, 8, torch.float32)
+    arguments = dict(
+        qkv=torch.zeros(2, 24), cos_sin=make_cos_sin(8), positions=torch.zeros(2, dtype=torch.int32),
+        slots=torch.tensor([16, 17]), k_cache=k_cache, v_cache=v_cache, num_heads=1, num_kv_heads=1,
+    )  # fmt: skip
+    for error, message, change in (
+        (ValueError, "qkv must be contiguous", {"num_heads": 2}),
+        (ValueError, "caches must be", {"num_kv_heads": 2}),
+        (ValueError, "share float32 or bfloat16", {"qkv": torch.zeros(2, 24).bfloat16()}),
+        (ValueError, "cos_sin must be", {"cos_sin": make_cos_sin(8).double()}),
+        (ValueError, "positions must be", {"positions": torch.zeros(2, dtype=torch.int64)}),
+        (ValueError, "slots must be", {"slots": torch.zeros(3, dtype=torch.int64)}),
+        (ValueError, "come together", {"q_norm": torch.ones(8)}),
+        (ValueError, "runs on: cpu", {"qkv": torch.zeros(2, 24, device="meta")}),
+        (IndexError, "token 1: position 512", {"positions": torch.tensor([0, 512], dtype=torch.int32)}),
+        (IndexError, "token 0: position 0 .* slot 640", {"slots": torch.tensor([640, 0])}),
+    ):
+        with pytest.raises(error, match=message):
+            rope_and_cache(**{**arguments, **change})  # type: ignore[arg-type]
+    assert k_cache.isnan().all() and v_cache.isnan().all()
