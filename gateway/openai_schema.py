@@ -283,6 +283,8 @@ def _refusal(error: ValidationError) -> OpenAIError:
     first = error.errors(include_url=False, include_context=False)[0]
     param = ""
     for part in first["loc"]:
+        if part == "[key]":  # pydantic's mark of a key that is wrong, not its value
+            continue
         param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
     if first["type"] == "extra_forbidden":
         return bad_request(param, f"{param}: unknown parameter", "unknown_parameter")
