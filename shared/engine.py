@@ -46,7 +46,7 @@ class EnginePlan:
 
     @classmethod
     def of(cls, config: TandemConfig, section: PrefillConfig | DecodeConfig, files: ModelFiles) -> EnginePlan:
-        """section: of the worker's role. Raises ModelError for a model that cannot be served, ConfigError for limits."""
+        """section: of the role. Raises ModelError for a model that cannot be served, ConfigError for limits."""
         architecture = architecture_of(files.config)
         dtype = DEFAULT_DTYPE if config.dtype == "auto" else config.dtype
         layout = KvLayout.of(architecture, files.digest, dtype, config.block_tokens)
@@ -81,8 +81,8 @@ class Engine:
 
     def __init__(self, plan: EnginePlan, buffer: memoryview | mmap | None = None) -> None:
         """buffer: where the pool lies, `plan.pool_bytes` long; default: memory of its own. Raises CheckpointError."""
-        torch.set_num_threads(plan.num_threads)
         self.plan = plan
+        self.use_thread()
         self.kv = KvCache(plan.layout, plan.num_blocks, buffer=buffer, device=plan.device)
         self._decoder = Decoder(
             plan.architecture,
@@ -93,6 +93,10 @@ class Engine:
         self._runner: GraphRunner = EagerRunner(
             self._run, max_sequences=plan.max_running, block_tokens=plan.layout.block_tokens
         )
+
+    def use_thread(self) -> None:
+        """Called once on each thread that runs forwards: OpenMP counts its threads for each of its masters."""
+        torch.set_num_threads(self.plan.num_threads)
 
     def warm_up(self) -> None:
         """Runs a forward of each kind, and captures what the runner replays."""

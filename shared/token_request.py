@@ -58,7 +58,7 @@ class TokenRequest:
 def read_token_request(
     message: prefill_pb2.PrefillRequest | decode_pb2.Admit, limits: Limits, prefix: str = ""
 ) -> TokenRequest:
-    """Raises RpcError: INVALID_ARGUMENT naming every field at fault, with `prefix` before it; NOT_FOUND for the model."""
+    """Raises INVALID_ARGUMENT naming every field at fault, with `prefix` before it; NOT_FOUND for the model."""
     if message.model and message.model != limits.model:
         raise not_found("model", message.model, f"the model {message.model!r} is not served here; {limits.model!r} is")
     faults: list[tuple[str, str]] = []

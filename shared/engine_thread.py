@@ -1,0 +1,127 @@
+"""The thread that an engine runs on. It never waits on gRPC, and gRPC never waits on it.
+
+Commands come in through `post`; what a step brings goes back to the event loop in one batch per turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+log = logging.getLogger(__name__)
+
+# An idle thread turns this often, so that its heartbeat tells it from a wedged one.
+IDLE_TURN_S = 0.5
+
+
+class Load(NamedTuple):
+    """A scheduler's load, as `WatchLoadResponse` has it."""
+
+    running: int = 0
+    waiting: int = 0
+    free_blocks: int = 0
+    total_blocks: int = 0
+    queued_tokens: int = 0
+    steps: int = 0
+    exports: int = 0
+    allocated_blocks: int = 0
+
+
+class Scheduler(Protocol):
+    """What a worker's engine thread drives. Everything here is called on that thread."""
+
+    def prepare(self) -> None:
+        """Called once, before the first step."""
+        ...
+
+    def step(self) -> bool:
+        """Does one step of work; False when there is nothing to do until the next command."""
+        ...
+
+    def load(self) -> Load: ...
+
+    def take_events(self) -> list[tuple[Callable[[Any], None], Any]]:
+        """What has happened since the last call: receivers, each with what it gets on the event loop."""
+        ...
+
+
+class EngineThread:
+    """Runs a scheduler until stopped. Create and stop it on the event loop that its events go to.
+
+    on_load: gets each new load. on_failure: gets an exception that left the scheduler in an unknown state; the thread
+    has ended then.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, *, on_load: Callable[[Load], None], on_failure: Callable[[BaseException], None]
+    ) -> None:
+        self._scheduler = scheduler
+        self._on_load = on_load
+        self._on_failure = on_failure
+        self._loop = asyncio.get_running_loop()
+        self._wake = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._stopped = False
+        self._turned_s = time.monotonic()
+        self._load = Load()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Has a command run on the thread before its next step. From any thread."""
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the loop last turned; below IDLE_TURN_S and the time of a step unless it is wedged or dead."""
+        return time.monotonic() - self._turned_s
+
+    async def stop(self) -> None:
+        """Ends the thread after its current step, and waits for that."""
+        with self._wake:
+            self._stopped = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        try:
+            self._scheduler.prepare()
+            busy = False
+            while True:
+                with self._wake:
+                    if not self._inbox and not busy and not self._stopped:
+                        self._wake.wait(IDLE_TURN_S)
+                    if self._stopped:
+                        return
+                    commands, self._inbox = self._inbox, []
+                self._turned_s = time.monotonic()
+                for command in commands:
+                    command()
+                busy = self._scheduler.step()
+                self._hand_over()
+        except BaseException as error:
+            log.critical("the engine thread failed", exc_info=error)
+            self._loop.call_soon_threadsafe(self._on_failure, error)
+
+    def _hand_over(self) -> None:
+        events = self._scheduler.take_events()
+        load = self._scheduler.load()
+        changed = load != self._load
+        self._load = load
+        if events or changed:
+            self._loop.call_soon_threadsafe(self._receive, events, load if changed else None)
+
+    def _receive(self, events: list[tuple[Callable[[Any], None], Any]], load: Load | None) -> None:
+        for receiver, event in events:
+            receiver(event)
+        if load is not None:
+            self._on_load(load)

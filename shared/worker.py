@@ -1,0 +1,233 @@
+"""What both kinds of workers have in common: a bound port, a loaded engine on its thread, health, an orderly end.
+
+server = await WorkerServer.start(config, config.decode, create_decode_role)
+print(server.address)
+await server.stop(drain_s=5)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import grpc
+from tandem.v1 import worker_pb2, worker_pb2_grpc
+
+from shared.arguments import Arguments, die_with_parent
+from shared.auth import Access, RequireKey
+from shared.config import ApiKey, ConfigError, DecodeConfig, PrefillConfig, TandemConfig
+from shared.engine import Engine, EnginePlan
+from shared.engine_thread import EngineThread, Scheduler
+from shared.load_board import LoadBoard
+from shared.logs import configure_logs
+from shared.model_files import ModelError
+from shared.model_store import ModelStore
+from shared.rpc import Health, RpcError, create_server
+from shared.token_request import Limits
+from shared.transport.pool_memory import PoolMemory
+from shared.transport.wire import layout_to_proto
+from shared.worker_service import WorkerService
+
+log = logging.getLogger(__name__)
+
+WORKER_SERVICE = "tandem.v1.WorkerService"
+# A loop that has not turned for so long is wedged: far above a step, far below what a client waits.
+WEDGED_AFTER_S = 10.0
+HEALTH_INTERVAL_S = 0.5
+
+
+class Role(Protocol):
+    """What makes a worker a prefill or a decode worker."""
+
+    @property
+    def scheduler(self) -> Scheduler: ...
+
+    @property
+    def service_names(self) -> Sequence[str]: ...
+
+    async def start(self, server: grpc.aio.Server, thread: EngineThread) -> None:
+        """Adds its services to the server."""
+        ...
+
+    def describe(self, info: worker_pb2.GetInfoResponse) -> None:
+        """Fills in what only the role knows."""
+        ...
+
+    async def close(self) -> None:
+        """After the last RPC: waits until everything is handed back, then lets go of memory, sockets and channels."""
+        ...
+
+
+class Site:
+    """Where a role runs: its engine, its address, and what it shares with the services beside it."""
+
+    def __init__(self, config: TandemConfig, engine: Engine, memory: PoolMemory, worker_id: str, address: str) -> None:
+        self.config = config
+        self.engine = engine
+        self.memory = memory
+        self.worker_id = worker_id
+        self.address = address  # host:port at which others reach this worker
+        self.board = LoadBoard()
+        self.limits = Limits(
+            model=config.model_name,
+            vocab_size=engine.plan.architecture.vocab_size,
+            max_context=engine.plan.max_context,
+            block_tokens=engine.plan.layout.block_tokens,
+            num_blocks=engine.plan.num_blocks - 1,
+        )
+
+
+class WorkerServer:
+    """A running worker. `failed` is done, with the exception, once the engine thread's state is unknown."""
+
+    def __init__(self, site: Site, role: Role, server: grpc.aio.Server) -> None:
+        self.address = site.address
+        self.worker_id = site.worker_id
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._site = site
+        self._role = role
+        self._server = server
+        self._thread = EngineThread(role.scheduler, on_load=site.board.publish, on_failure=self._fail)
+        self._health = Health(server, [*role.service_names, WORKER_SERVICE])
+        self._watch: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(
+        cls, config: TandemConfig, section: PrefillConfig | DecodeConfig, create_role: Callable[[Site], Role]
+    ) -> WorkerServer:
+        """Binds the port, loads the model, warms up, serves.
+
+        section: that of the role. Raises ModelError, ConfigError, RpcError for a transport that cannot be had,
+        RuntimeError for a port in use.
+        """
+        key = config.auth.cluster_key
+        server = create_server(
+            interceptors=[RequireKey(Access([ApiKey(name="cluster", key=key)]))] if key is not None else []
+        )
+        port = server.add_insecure_port(f"{_bracketed(section.host)}:{section.port}")
+        address = f"{_bracketed(_reachable(section.host))}:{port}"
+        try:
+            engine, memory = await asyncio.to_thread(_load_engine, config, section)
+            site = Site(config, engine, memory, f"{type(section).__name__[0].lower()}-{secrets.token_hex(6)}", address)
+            worker = cls(site, create_role(site), server)
+            await worker._serve()
+        except BaseException:
+            await server.stop(None)
+            raise
+        return worker
+
+    async def stop(self, drain_s: float) -> None:
+        """Admits no more requests, gives those that run `drain_s` seconds, ends the rest and hands everything back."""
+        self._site.board.drain()
+        if self._watch:
+            self._watch.cancel()
+        await self._health.set(False)
+        if self._site.board.running:
+            await asyncio.wait([asyncio.ensure_future(self._site.board.idle())], timeout=drain_s)
+            log.info("%d requests did not end within %g s and are cut off", self._site.board.running, drain_s)
+        await self._server.stop(0.1)
+        await self._role.close()
+        await self._thread.stop()
+        self._site.memory.close()
+
+    async def _serve(self) -> None:
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(self._info, self._site.board), self._server)
+        await self._role.start(self._server, self._thread)
+        self._thread.start()
+        await self._health.set(True)
+        self._watch = asyncio.create_task(self._watch_health())
+        await self._server.start()
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.failed.done():
+            self.failed.set_exception(error)
+
+    def _info(self) -> worker_pb2.GetInfoResponse:
+        plan = self._site.engine.plan
+        info = worker_pb2.GetInfoResponse(
+            worker_id=self.worker_id,
+            model=self._site.limits.model,
+            family=plan.architecture.family,
+            max_context=plan.max_context,
+            vocab_size=plan.architecture.vocab_size,
+            layout=layout_to_proto(plan.layout),
+            device=plan.device,
+            num_blocks=self._site.limits.num_blocks,
+            max_running=plan.max_running,
+        )
+        self._role.describe(info)
+        return info
+
+    async def _watch_health(self) -> None:
+        """Draining is NOT_SERVING too: nothing new is to be sent here."""
+        while True:
+            wedged = self._thread.silent_s > WEDGED_AFTER_S
+            await self._health.set(not (wedged or self._site.board.draining))
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
+
+def run_worker(
+    role: str, arguments: Arguments, section: PrefillConfig | DecodeConfig, create_role: Callable[[Site], Role]
+) -> None:
+    """The life of a worker process, from the arguments to its exit status: 0 after SIGTERM, 1 after a failure."""
+    configure_logs(arguments.config.log_level)
+    if arguments.die_with_parent:
+        die_with_parent()
+    sys.exit(asyncio.run(_run(role, arguments.config, section, create_role)))
+
+
+async def _run(
+    role: str, config: TandemConfig, section: PrefillConfig | DecodeConfig, create_role: Callable[[Site], Role]
+) -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop.set)
+    starting = asyncio.create_task(WorkerServer.start(config, section, create_role))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    try:
+        worker = await starting
+    except (ModelError, ConfigError, RpcError, RuntimeError, OSError, MemoryError) as error:
+        log.error("%s cannot start: %s", role, error)
+        return 1
+    if stop.is_set():
+        await worker.stop(drain_s=0)
+        return 0
+    ready = {"event": "ready", "role": role, "grpc": worker.address, "http": None}
+    print(json.dumps({**ready, "pid": os.getpid(), "worker_id": worker.worker_id}), flush=True)
+    log.info("%s serves %s at %s", role, config.model_name, worker.address)
+    await asyncio.wait([stopping, worker.failed], return_when=asyncio.FIRST_COMPLETED)
+    if worker.failed.done():
+        # the state is unknown: no request may go on with it
+        worker.failed.exception()
+        await worker.stop(drain_s=0)
+        return 1
+    await worker.stop(config.drain_s)
+    return 0
+
+
+def _load_engine(config: TandemConfig, section: PrefillConfig | DecodeConfig) -> tuple[Engine, PoolMemory]:
+    files = ModelStore().resolve(config.model, allow_pickle=config.allow_pickle)
+    plan = EnginePlan.of(config, section, files)
+    memory = PoolMemory(plan.pool_bytes)
+    engine = Engine(plan, memory.buffer)
+    engine.warm_up()
+    return engine, memory
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _reachable(host: str) -> str:
+    """The address that others are told; for one that means every address, that of this host's name."""
+    return socket.gethostbyname(socket.gethostname()) if host in ("0.0.0.0", "::") else host
