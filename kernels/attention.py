@@ -2,9 +2,9 @@
 
     out[t, h] = softmax(scale * q[t, h] @ K[: p + 1].T) @ V[: p + 1]          p = absolute position of token t
 
-K and V are the sequence's keys and values of kv head `h // (heads / kv_heads)`, gathered through its block table; with a
-sliding window W only positions p - W + 1 .. p count. Sequence s owns the query tokens cu_seqlens[s] .. cu_seqlens[s + 1],
-which are the last ones of its context_lens[s] tokens in the cache, so a decode step is a query of one token.
+K and V are the sequence's keys and values of kv head `h // (heads / kv_heads)`, gathered through its block table;
+with a sliding window W only positions p - W + 1 .. p count. Sequence s owns the query tokens cu_seqlens[s] ..
+cu_seqlens[s + 1], the last ones of its context_lens[s] tokens in the cache: a decode step is a query of one token.
 
     q            [tokens, heads, head_dim]
     k_cache      [blocks, kv_heads, block_tokens, head_dim], any strides but the last; v_cache alike
@@ -51,7 +51,9 @@ def paged_attention(
     if out is None:
         out = torch.empty(tokens, num_heads * head_dim, dtype=q.dtype)
     elif out.dtype != q.dtype or out.numel() != q.numel() or not out.is_contiguous():
-        raise ValueError(f"out must be a contiguous {q.dtype} tensor of {q.numel()} elements, got {out.dtype} {list(out.shape)}")
+        raise ValueError(
+            f"out must be a contiguous {q.dtype} tensor of {q.numel()} elements, got {out.dtype} {list(out.shape)}"
+        )
     num_seqs, max_blocks = block_tables.shape
     failed = library.function("tandem_paged_attention", "ppppppp" + "i" * 16 + "dii")(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
@@ -98,7 +100,13 @@ def paged_attention_reference(
 
 
 def _check(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens: Tensor, context_lens: Tensor, block_tables: Tensor, window: int | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    window: int | None,
 ) -> None:
     if q.device.type != "cpu":
         raise ValueError(f"paged_attention runs on: cpu; got a tensor on {q.device}")
@@ -119,7 +127,9 @@ def _check(
         raise ValueError("q must be contiguous, and the last dimension of k_cache and v_cache too")
     for name, tensor in (("cu_seqlens", cu_seqlens), ("context_lens", context_lens), ("block_tables", block_tables)):
         if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must be int32 with its last dimension contiguous, got {tensor.dtype} {tensor.stride()}")
+            raise ValueError(
+                f"{name} must be int32 with its last dimension contiguous, got {tensor.dtype} {tensor.stride()}"
+            )
     num_seqs = block_tables.shape[0]
     if cu_seqlens.shape != (num_seqs + 1,) or context_lens.shape != (num_seqs,):
         raise ValueError(
@@ -134,7 +144,9 @@ def _raise(failed: int, num_seqs: int, tokens: int, cu_seqlens: Tensor, context_
     if failed < 0:
         raise MemoryError("no memory for the partial results of paged_attention")
     if failed > num_seqs:
-        raise IndexError(f"cu_seqlens must go from 0 to {tokens} tokens, got {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}")
+        raise IndexError(
+            f"cu_seqlens must go from 0 to {tokens} tokens, got {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
+        )
     s = failed - 1
     raise IndexError(
         f"sequence {s}: {int(cu_seqlens[s + 1] - cu_seqlens[s])} query tokens and a context of {int(context_lens[s])} "

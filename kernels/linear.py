@@ -7,10 +7,10 @@ weight  [out_features, in_features], float32 or bfloat16, packed once into a Lin
 bias    [out_features], the weight's dtype, or None
 y       [rows, out_features]
 
-torch's own linear picks another routine for few rows, and with it another order of summation: measured in float32, 1 to 3 rows
-differ from 4 and more. oneDNN with a packed weight gives a row the same bits among any number of rows; `probe_row_invariance`
-checks that on the machine at hand. On a CPU without AVX-512, oneDNN has no packed bfloat16 path: there a bfloat16 weight is held
-as float32 (exactly), multiplied in float32, and the result rounded to bfloat16.
+torch's own linear picks another routine for few rows, and with it another order of summation: measured in float32, 1 to
+3 rows differ from 4 and more. oneDNN with a packed weight gives a row the same bits among any number of rows;
+`probe_row_invariance` checks that on the machine at hand. On a CPU without AVX-512, oneDNN has no packed bfloat16 path:
+there a bfloat16 weight is held as float32 (exactly), multiplied in float32, and the result rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_BATCH_HINT = 16  # oneDNN picks the packed layout for this many rows; one hint for all, so one layout and one order of sums
+_BATCH_HINT = 16  # the rows oneDNN packs for; one hint for all, so one layout and one order of sums
 _PROBE_ROWS = (1, 2, 3, 5, 8, 17, 64)
 
 
@@ -62,7 +62,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def probe_row_invariance(weight: LinearWeight) -> None:
-    """Checks at start-up that rows keep their bits among 1, 2, 3, 5, 8, 17 and 64 rows, wherever in the batch they stand.
+    """Checks at start-up that rows keep their bits among 1, 2, 3, 5, 8, 17 and 64 rows, first or last in the batch.
 
     Raises RuntimeError naming the row counts that differ.
     """
@@ -77,8 +77,9 @@ def probe_row_invariance(weight: LinearWeight) -> None:
     ]
     if differing:
         raise RuntimeError(
-            f"linear ({weight.description}, {weight.out_features} x {weight.in_features}) gives other bits for {differing} rows "
-            f"than for {max(_PROBE_ROWS)}: this CPU or torch build cannot keep outputs independent of the batch"
+            f"linear ({weight.description}, {weight.out_features} x {weight.in_features}) gives other bits for "
+            f"{differing} rows than for {max(_PROBE_ROWS)}: "
+            "this CPU or torch build cannot keep outputs independent of the batch"
         )
 
 

@@ -7,16 +7,16 @@
 Dimensions from `rotary` on pass through. With q_norm and k_norm, each head is first RMS-normalised (Qwen 3).
 
     qkv          [tokens, (heads + 2 * kv_heads) * head_dim]: q heads, k heads, v heads
-    cos_sin      [max_positions, rotary] float32: cos in the first half of a row and sin in the second, any attention factor
-                 multiplied in
+    cos_sin      [max_positions, rotary] float32: cos in the first half of a row, sin in the second, any attention
+                 factor multiplied in
     positions    [tokens] int32, absolute
     slots        [tokens] int64, block * block_tokens + offset: where k and v go
     k_cache      [blocks, kv_heads, block_tokens, head_dim], any strides but the last; v_cache alike
     q_norm       [head_dim], qkv's dtype or float32; k_norm alike
     q (returned) [tokens, heads, head_dim]
 
-float32 inside, rounded once at the end. A token's bits depend on that token alone. Two tokens of one call may only share a
-slot of the null block, whose content nobody reads.
+float32 inside, rounded once at the end. A token's bits depend on that token alone. Two tokens of one call may
+only share a slot of the null block, whose content nobody reads.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def rope_and_cache(
 ) -> Tensor:
     """Rotates q and k, writes k and v into the cache, returns q; see the module for shapes.
 
-    float32 or bfloat16 (qkv and caches alike); head_dim a multiple of 8, rotary even and at most head_dim. Raises ValueError
-    when a tensor breaks the contract and IndexError, with nothing written, when a position or slot is out of range.
+    float32 or bfloat16 (qkv and caches alike); head_dim a multiple of 8, rotary even and at most head_dim. Raises
+    ValueError when a tensor breaks the contract and IndexError, with nothing written, when a position or slot is out
+    of range.
     """
     tokens = qkv.shape[0]
     num_blocks, _, block_tokens, head_dim = k_cache.shape
@@ -151,4 +152,6 @@ def _check(
         raise ValueError("q_norm and k_norm come together, of one dtype")
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
         if weight.dtype not in (dtype, torch.float32) or weight.shape != (head_dim,) or not weight.is_contiguous():
-            raise ValueError(f"{name} must be contiguous {dtype} or float32 [{head_dim}], got {weight.dtype} {list(weight.shape)}")
+            raise ValueError(
+                f"{name} must be contiguous {dtype} or float32 [{head_dim}], got {weight.dtype} {list(weight.shape)}"
+            )

@@ -1,7 +1,7 @@
 """Compiles kernels/cpu/*.c with gcc at first use and loads the result with ctypes, which releases the GIL in each call.
 
-The library is cached as `$XDG_CACHE_HOME/tandem/kernels/<hash>.so`, the hash being of the sources, the flags, the compiler's
-version and the CPU's features, so that an edit, another compiler or another host builds its own.
+The library is cached as `$XDG_CACHE_HOME/tandem/kernels/<hash>.so`, the hash being of the sources, the flags, the
+compiler's version and the CPU's features, so that an edit, another compiler or another host builds its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import torch  # noqa: F401  # loads its OpenMP runtime, which the library then shares
+import torch  # noqa: F401 - loads its OpenMP runtime, which the library then shares
 
 SOURCE_DIR = Path(__file__).parent
 # -ffp-contract=off: sums are fused only where the source says so, which is what makes a row's bits its own (simd.h).
@@ -100,7 +100,8 @@ def _compile(compiler: str, sources: list[Path], target: Path) -> None:
         raise RuntimeError(f"cannot write the kernel cache {target.parent}: {error}; set XDG_CACHE_HOME") from error
     with scratch as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
-        _run([[compiler, *FLAGS, "-c", str(source), "-o", str(made)] for source, made in zip(sources, objects, strict=True)])
+        pairs = zip(sources, objects, strict=True)
+        _run([[compiler, *FLAGS, "-c", str(source), "-o", str(made)] for source, made in pairs])
         runtime = _openmp_runtime()
         openmp = [str(runtime)] if runtime else ["-fopenmp"]
         library = Path(folder) / target.name

@@ -12,7 +12,7 @@ from kernels.activation import gated_gelu_tanh, gated_gelu_tanh_reference, gated
 from kernels.cpu import library
 
 BOTH = pytest.mark.parametrize(
-    "activation, reference",
+    ("activation", "reference"),
     [(gated_silu, gated_silu_reference), (gated_gelu_tanh, gated_gelu_tanh_reference)],
     ids=["silu", "gelu_tanh"],
 )
@@ -21,7 +21,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 @BOTH
 @DTYPES
-@pytest.mark.parametrize("rows, width", [(1, 1), (3, 7), (1, 1536), (50, 1537)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (1, 1536), (50, 1537)])
 def test_matches_the_reference(
     activation: Callable[..., Tensor], reference: Callable[[Tensor], Tensor], rows: int, width: int, dtype: torch.dtype
 ) -> None:

@@ -35,8 +35,10 @@ class Case:
         context_lens, block_tables = torch.tensor(contexts, dtype=torch.int32), torch.tensor(tables, dtype=torch.int32)
         scale = q.shape[2] ** -0.5
         if reference:
-            wide = [t.double() for t in (q, self.k_cache, self.v_cache)]
-            return paged_attention_reference(*wide, cu_seqlens, context_lens, block_tables, scale, self.window)
+            q, k_cache, v_cache = q.double(), self.k_cache.double(), self.v_cache.double()
+            return paged_attention_reference(
+                q, k_cache, v_cache, cu_seqlens, context_lens, block_tables, scale, self.window
+            )
         out = torch.full((len(q), q.shape[1] * q.shape[2]), torch.nan, dtype=q.dtype)
         paged_attention(
             q, self.k_cache, self.v_cache, cu_seqlens, context_lens, block_tables, scale, self.window, out=out
@@ -77,7 +79,7 @@ def make_case(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "heads, kv_heads, head_dim",
+    ("heads", "kv_heads", "head_dim"),
     [(3, 3, 64), (9, 3, 64), (8, 1, 80), (16, 2, 96), (4, 4, 8), (5, 1, 128), (6, 2, 256), (71, 1, 64), (2, 1, 24)],
 )
 def test_prefill_and_decode_match_the_reference(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
@@ -98,9 +100,7 @@ def test_sliding_windows_and_block_sizes_match_the_reference(window: int, block_
 def test_large_scores_neither_overflow_nor_vanish() -> None:
     case = make_case([300])
     case.queries[0] *= 100
-    torch.testing.assert_close(
-        case.whole().double(), case.run([(0, 0, 300)], reference=True), atol=2e-4, rtol=2e-4
-    )
+    torch.testing.assert_close(case.whole().double(), case.run([(0, 0, 300)], reference=True), atol=2e-4, rtol=2e-4)
 
 
 def test_a_nan_key_reaches_every_row_that_sees_it_and_no_other() -> None:
@@ -112,7 +112,7 @@ def test_a_nan_key_reaches_every_row_that_sees_it_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("heads, kv_heads, head_dim", [(3, 3, 64), (9, 3, 64), (8, 1, 80), (16, 2, 40)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 3, 64), (9, 3, 64), (8, 1, 80), (16, 2, 40)])
 @pytest.mark.parametrize("window", [None, 70])
 def test_chunks_and_decode_steps_give_the_bits_of_the_whole_prefill(
     heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype
@@ -124,7 +124,7 @@ def test_chunks_and_decode_steps_give_the_bits_of_the_whole_prefill(
     for chunk in (7, 16, 64, 511):
         parts = [case.run([(0, i, min(i + chunk, length))]) for i in range(0, length, chunk)]
         assert torch.equal(torch.cat(parts), whole), chunk
-    steps = [*range(0, 40), 63, 64, 127, 128, 300, 510, 511, 512, 513, 598, 599]
+    steps = [*range(40), 63, 64, 127, 128, 300, 510, 511, 512, 513, 598, 599]
     assert torch.equal(torch.cat([case.run([(0, i, i + 1)]) for i in steps]), whole[steps])
 
 
@@ -172,10 +172,10 @@ def test_broken_contracts_are_refused() -> None:
     table = torch.tensor([case.tables[0]], dtype=torch.int32)
 
     def run(**changes: object) -> Tensor:
-        arguments = dict(
-            q=q, k_cache=case.k_cache, v_cache=case.v_cache, cu_seqlens=cu_seqlens, context_lens=context, block_tables=table,
-            scale=0.125, sliding_window=None, out=None,
-        )  # fmt: skip
+        arguments = {
+            "q": q, "k_cache": case.k_cache, "v_cache": case.v_cache,
+            "cu_seqlens": cu_seqlens, "context_lens": context, "block_tables": table, "scale": 0.125,
+        }  # fmt: skip
         return paged_attention(**{**arguments, **changes})  # type: ignore[arg-type]
 
     run()

@@ -10,7 +10,9 @@ from kernels import linear as module
 from kernels.linear import LinearWeight, linear, linear_reference, probe_row_invariance
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-SHAPES = pytest.mark.parametrize("outputs, inputs", [(576, 576), (960, 576), (576, 1536), (33, 71), (1, 8), (1000, 64)])
+SHAPES = pytest.mark.parametrize(
+    ("outputs", "inputs"), [(576, 576), (960, 576), (576, 1536), (33, 71), (1, 8), (1000, 64)]
+)
 
 
 def make(outputs: int, inputs: int, dtype: torch.dtype, bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -27,7 +29,8 @@ def test_matches_the_reference(outputs: int, inputs: int, bias: bool, dtype: tor
     packed = LinearWeight(weight, offset)
     x = torch.randn(19, inputs).to(dtype)
     y = linear(x, packed)
-    assert y.dtype == dtype and y.shape == (19, outputs)
+    assert y.dtype == dtype
+    assert y.shape == (19, outputs)
     expected = linear_reference(x.double(), weight.double(), None if offset is None else offset.double())
     tolerance = 5e-6 if dtype == torch.float32 else 1.6e-2
     torch.testing.assert_close(y.double(), expected, atol=tolerance, rtol=tolerance)
@@ -61,7 +64,8 @@ def test_bfloat16_rounds_the_float32_product_where_the_cpu_has_no_bfloat16_path(
     x = torch.randn(5, 64).bfloat16()
     if packed.description == "onednn-bf16":
         pytest.skip("this CPU has oneDNN's packed bfloat16 path")
-    assert "no AVX-512" in packed.description and packed.compute_dtype == torch.float32
+    assert "no AVX-512" in packed.description
+    assert packed.compute_dtype == torch.float32
     assert bias is not None
     expected = linear(x.float(), LinearWeight(weight.float(), bias.float())).bfloat16()
     assert torch.equal(linear(x, packed), expected)

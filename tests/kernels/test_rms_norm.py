@@ -12,7 +12,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 
 @DTYPES
-@pytest.mark.parametrize("rows, width", [(1, 1), (3, 7), (5, 64), (2, 100), (17, 576), (300, 577), (1, 4096)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (5, 64), (2, 100), (17, 576), (300, 577), (1, 4096)])
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32])
 def test_matches_the_reference(rows: int, width: int, dtype: torch.dtype, weight_dtype: torch.dtype | None) -> None:
     torch.manual_seed(rows * width)
@@ -24,7 +24,7 @@ def test_matches_the_reference(rows: int, width: int, dtype: torch.dtype, weight
 
 
 @DTYPES
-@pytest.mark.parametrize("rows, width", [(1, 8), (4, 63), (200, 576)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (4, 63), (200, 576)])
 def test_fused_addition_equals_addition_then_norm(rows: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(rows)
     x, residual = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype)
@@ -38,7 +38,8 @@ def test_fused_addition_equals_addition_then_norm(rows: int, width: int, dtype: 
     in_place = residual.clone()
     again, same = add_rms_norm(x, in_place, weight, 1e-5, out=torch.full_like(x, torch.nan), residual_out=in_place)
     assert same is in_place
-    assert torch.equal(again, y) and torch.equal(in_place, total)
+    assert torch.equal(again, y)
+    assert torch.equal(in_place, total)
 
 
 @DTYPES

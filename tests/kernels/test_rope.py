@@ -26,8 +26,15 @@ def make_caches(kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tenso
 @DTYPES
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "qk_norm"])
 @pytest.mark.parametrize(
-    "tokens, heads, kv_heads, head_dim, rotary",
-    [(1, 9, 3, 64, 64), (37, 4, 4, 8, 8), (5, 8, 1, 80, 32), (130, 16, 2, 128, 128), (3, 2, 1, 24, 6), (2, 3, 1, 256, 256)],
+    ("tokens", "heads", "kv_heads", "head_dim", "rotary"),
+    [
+        (1, 9, 3, 64, 64),
+        (37, 4, 4, 8, 8),
+        (5, 8, 1, 80, 32),
+        (130, 16, 2, 128, 128),
+        (3, 2, 1, 24, 6),
+        (2, 3, 1, 256, 256),
+    ],
 )
 def test_matches_the_reference(
     tokens: int, heads: int, kv_heads: int, head_dim: int, rotary: int, normed: bool, dtype: torch.dtype
@@ -37,16 +44,26 @@ def test_matches_the_reference(
     cos_sin = make_cos_sin(rotary)
     positions = torch.randint(0, 512, (tokens,), dtype=torch.int32)
     slots = torch.randperm(BLOCKS * BLOCK_TOKENS)[:tokens]
-    norms = [torch.randn(head_dim).to(dtype) for _ in range(2)] if normed else [None, None]
+    q_norm, k_norm = torch.randn(2, head_dim).to(dtype) if normed else (None, None)
     k_cache, v_cache = make_caches(kv_heads, head_dim, dtype)
     out = torch.full((tokens, heads, head_dim), torch.nan, dtype=dtype)
-    q = rope_and_cache(qkv, cos_sin, positions, slots, k_cache, v_cache, heads, kv_heads, *norms, 1e-6, out=out)
+    q = rope_and_cache(qkv, cos_sin, positions, slots, k_cache, v_cache, heads, kv_heads, q_norm, k_norm, 1e-6, out=out)
     assert q is out
 
     wide_k, wide_v = make_caches(kv_heads, head_dim, torch.float64)
-    wide_norms = [None if norm is None else norm.double() for norm in norms]
+    wide_q_norm, wide_k_norm = (None, None) if q_norm is None or k_norm is None else (q_norm.double(), k_norm.double())
     expected = rope_and_cache_reference(
-        qkv.double(), cos_sin.double(), positions, slots, wide_k, wide_v, heads, kv_heads, *wide_norms, 1e-6
+        qkv.double(),
+        cos_sin.double(),
+        positions,
+        slots,
+        wide_k,
+        wide_v,
+        heads,
+        kv_heads,
+        wide_q_norm,
+        wide_k_norm,
+        1e-6,
     )
     tolerance = 2e-6 if dtype == torch.float32 else 8e-3
     torch.testing.assert_close(q.double(), expected, atol=tolerance, rtol=tolerance)
@@ -89,15 +106,16 @@ def test_padding_rows_only_touch_the_null_block() -> None:
         torch.zeros(4, 24), make_cos_sin(8), torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int64),
         k_cache, v_cache, 1, 1,
     )  # fmt: skip
-    assert k_cache[1:].isnan().all() and v_cache[1:].isnan().all()
+    assert k_cache[1:].isnan().all()
+    assert v_cache[1:].isnan().all()
 
 
 def test_broken_contracts_are_refused() -> None:
     k_cache, v_cache = make_caches(1, 8, torch.float32)
-    arguments = dict(
-        qkv=torch.zeros(2, 24), cos_sin=make_cos_sin(8), positions=torch.zeros(2, dtype=torch.int32),
-        slots=torch.tensor([16, 17]), k_cache=k_cache, v_cache=v_cache, num_heads=1, num_kv_heads=1,
-    )  # fmt: skip
+    arguments = {
+        "qkv": torch.zeros(2, 24), "cos_sin": make_cos_sin(8), "positions": torch.zeros(2, dtype=torch.int32),
+        "slots": torch.tensor([16, 17]), "k_cache": k_cache, "v_cache": v_cache, "num_heads": 1, "num_kv_heads": 1,
+    }  # fmt: skip
     for error, message, change in (
         (ValueError, "qkv must be contiguous", {"num_heads": 2}),
         (ValueError, "caches must be", {"num_kv_heads": 2}),
@@ -112,4 +130,5 @@ def test_broken_contracts_are_refused() -> None:
     ):
         with pytest.raises(error, match=message):
             rope_and_cache(**{**arguments, **change})  # type: ignore[arg-type]
-    assert k_cache.isnan().all() and v_cache.isnan().all()
+    assert k_cache.isnan().all()
+    assert v_cache.isnan().all()
