@@ -1,0 +1,76 @@
+"""The running service in float32 against transformers' own generate: the same tokens, the same log-probabilities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import prompts
+import pytest
+import torch
+from cluster import Cluster
+from tandem.v1 import inference_pb2, types_pb2
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+MAX_TOKENS = 12
+# two float32 implementations that sum in different orders; a wrong position or mask is off by 1e-2 and more
+LOGPROB_TOLERANCE = 2e-3
+
+
+async def assert_equal(cluster: Cluster, model: PreTrainedModel, request: inference_pb2.GenerateRequest) -> None:
+    request.sampling.CopyFrom(
+        types_pb2.SamplingParams(temperature=0, max_tokens=MAX_TOKENS, logprobs=3, ignore_eos=True)
+    )
+    result = await cluster.generate(request)
+    prompt = await cluster.token_ids(request)
+    with torch.inference_mode():
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=MAX_TOKENS,
+            min_new_tokens=MAX_TOKENS,
+            do_sample=False,
+            repetition_penalty=1.0,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    output = result.outputs[0]
+    assert output.token_ids == expected.sequences[0, len(prompt) :].tolist()
+    for position, logits in zip(output.logprobs, expected.logits, strict=True):
+        logprobs = torch.log_softmax(logits[0].double(), dim=-1)
+        assert position.chosen.logprob == pytest.approx(
+            float(logprobs[position.chosen.token_id]), abs=LOGPROB_TOLERANCE
+        )
+        for top in position.top:
+            assert top.logprob == pytest.approx(float(logprobs[top.token_id]), abs=LOGPROB_TOLERANCE)
+    assert result.usage.prompt_tokens == len(prompt)
+    assert result.usage.completion_tokens == MAX_TOKENS
+
+
+@pytest.fixture(scope="module")
+def reference(default_model: Path) -> PreTrainedModel:
+    [gguf] = default_model.glob("*.gguf")
+    return AutoModelForCausalLM.from_pretrained(default_model, gguf_file=gguf.name, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+async def service(default_model: Path) -> Cluster:
+    async with Cluster(model=str(default_model), settings={"dtype": "float32"}) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("number", range(len(prompts.requests())))
+async def test_default_model(service: Cluster, reference: PreTrainedModel, number: int) -> None:
+    await assert_equal(service, reference, prompts.requests()[number])
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+async def test_other_families(family: str, tiny_model) -> None:
+    folder = tiny_model(family)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    vocabulary = model.config.vocab_size
+    async with Cluster(model=str(folder), settings={"dtype": "float32"}) as cluster:
+        for length in (1, 15, 16, 17, 55, 100):
+            ids = [token % vocabulary for token in prompts.token_ids(length)]
+            await assert_equal(cluster, model, inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=ids)))
