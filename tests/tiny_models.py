@@ -52,6 +52,7 @@ _SIZES = {
 KINDS: dict[str, dict[str, object]] = {
     "llama": {"model_type": "llama", "tie_word_embeddings": True},
     "llama-untied-biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama-gelu": {"model_type": "llama", "hidden_act": "gelu_pytorch_tanh"},
     "llama-linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
     "llama-llama3": {
         "model_type": "llama",
