@@ -11,6 +11,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#define INLINE static inline __attribute__((always_inline))
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define VL 16
@@ -31,12 +33,11 @@ typedef int32_t vi __attribute__((vector_size(32)));
 #define VL 8
 typedef float vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));
-static inline vf vf_set1(float x) { return (vf){x, x, x, x, x, x, x, x}; }
-static inline vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
-static inline vf vf_max(vf a, vf b) { vi first = a > b; return (vf)((first & (vi)a) | (~first & (vi)b)); }
+INLINE vf vf_set1(float x) { return (vf){x, x, x, x, x, x, x, x}; }
+INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
+INLINE vf vf_max(vf a, vf b) { vi first = a > b; return (vf)((first & (vi)a) | (~first & (vi)b)); }
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
 #define LANES 16 /* partial sums of a reduction, on every instruction set */
 
 /* Memory is reached in groups of 8 elements: every head_dim is a multiple of 8. */

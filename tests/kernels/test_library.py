@@ -12,6 +12,7 @@ from kernels.cpu import library
 
 def test_it_is_built_once_and_shares_torchs_openmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-Wall", "-Wextra", "-Werror"))
     built = library.build()
     assert built.parent == tmp_path / "tandem" / "kernels"
     assert [path.name for path in built.parent.iterdir()] == [built.name], "nothing half built stays behind"
