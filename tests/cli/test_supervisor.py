@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import select
 import signal
 import sys
 from pathlib import Path
@@ -58,11 +59,15 @@ async def supervisor(lines: Lines):
 
 
 def gone(pid: int) -> bool:
-    """Not there, or a zombie that its new parent has not reaped."""
+    """Whether the process is gone, or goes within seconds: a signal sent is not yet an end."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
         return True
+    try:
+        return bool(select.select([handle], [], [], 5)[0])
+    finally:
+        os.close(handle)
 
 
 def children() -> list[int]:
