@@ -38,7 +38,7 @@ check: setup-dev ## lint, format, types, contracts, stubs up to date, import rul
 	$(BIN)/python -m pytest -q tests/test_layout.py tests/test_protos.py
 
 bench: setup ## measure the four standard workloads
-	@exec ./tandem bench $(ARGS)
+	@exec $(BIN)/python -m benchmarks $(ARGS)
 
 protos: setup-dev ## generate the Python stubs beside the .proto files
 	@tools/protos
