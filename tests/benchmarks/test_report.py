@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -63,4 +64,4 @@ def test_workloads_repeat_and_keep_to_their_shape(name: str) -> None:
 def test_poisson_arrivals_keep_the_rate() -> None:
     requests = poisson_arrivals(WORKLOADS["random"](Shape(2000)), 10.0, seed=1)
     assert requests[-1].arrival_s == pytest.approx(200, rel=0.1)
-    assert all(a.arrival_s <= b.arrival_s for a, b in zip(requests, requests[1:], strict=False))
+    assert all(a.arrival_s <= b.arrival_s for a, b in itertools.pairwise(requests))
