@@ -39,7 +39,10 @@ class RecordStore:
         return len(self._entries)
 
     def find(self, key: Key, fingerprint: bytes) -> tuple[Record, asyncio.Task[None]] | None:
-        """The record of the same request, and the task that fills it. Raises INVALID_ARGUMENT if the id is another request's."""
+        """The record of the same request, and the task that fills it.
+
+        Raises INVALID_ARGUMENT if the id is another request's.
+        """
         entry = self._entries.get(key)
         if entry is None:
             return None
@@ -98,7 +101,9 @@ class RecordStore:
             return
         if entry.record.error is not None:
             self._forget(key)
-        elif not entry.readers and entry.timer is None:
+        elif not entry.readers:
+            if entry.timer is not None:
+                entry.timer.cancel()
             entry.timer = asyncio.get_running_loop().call_later(self._window_s, self._expire, key)
 
     def _expire(self, key: Key) -> None:

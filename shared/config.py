@@ -67,6 +67,9 @@ class GatewayConfig(Section):
         default=0, ge=0, description="prompts of up to this many tokens are prefilled by the decode worker; 0 = none"
     )
     max_attempts: Positive = Field(default=4, description="handoffs tried for a request before it is UNAVAILABLE")
+    recovery_wait_s: float = Field(
+        default=30.0, ge=0, description="how long a request that lost its decode worker waits for another, seconds"
+    )
     max_message_bytes: Positive = Field(default=16 << 20, description="largest message accepted, bytes")
 
 
