@@ -25,7 +25,7 @@ RETRY_AFTER_S = 0.5
 
 
 class PrefillScheduler:
-    """chunk_tokens, batch_tokens: of one prompt and of all in a step, at most. max_running: prompts that hold blocks."""
+    """chunk_tokens, batch_tokens: of one prompt and of all in a step, at most. max_running: prompts holding blocks."""
 
     def __init__(
         self,

@@ -84,7 +84,7 @@ class PrefillRole(prefill_pb2_grpc.PrefillServiceServicer):
         # what the stream holds, given back last to first when the call is done: an end that comes while a message is
         # being sent would reach a `finally` here only once this generator is collected
         lease = ExitStack()
-        context.add_done_callback(lambda _: lease.close())
+        context.add_done_callback(lambda ctx: lease.close())  # pyright: ignore[reportArgumentType]
         lease.enter_context(self._site.board.admit())
         lease.callback(self._thread.post, partial(self.scheduler.release, prompt))
         lease.callback(self._exporter.close_export, export_id)

@@ -1,0 +1,1 @@
+"""Holds reservations, imports KV blocks and generates tokens."""

@@ -1,0 +1,68 @@
+"""One handoff of a request, on decode's side: copies what is announced, in order, while the prefill still runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from tandem.v1 import kv_pb2, types_pb2
+
+from shared.transport.importer import CopyResult, Importer
+
+
+class ImportAttempt:
+    """Copies extents into a request's blocks until it is told that no more come, or cancelled.
+
+    number: of the attempt. blocks: gives the request's block table, once it has one.
+    """
+
+    def __init__(
+        self, number: int, importer: Importer, blocks: asyncio.Future[list[int]], block_tokens: int, held_tokens: int
+    ) -> None:
+        self.number = number
+        self.covered_tokens = held_tokens  # leading tokens that are held or announced
+        self.begun = False  # no more extents follow
+        self.num_bytes = 0
+        self.seconds = 0.0
+        self.transport = types_pb2.TRANSPORT_UNSPECIFIED
+        self._importer = importer
+        self._blocks = blocks
+        self._block_tokens = block_tokens
+        self._extents: asyncio.Queue[kv_pb2.KvExtent | None] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, done: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+        """done: called when everything is copied and `finish` was called. failed: called when a copy fails."""
+        self._task = asyncio.create_task(self._run(done, failed))
+
+    def add(self, extent: kv_pb2.KvExtent) -> None:
+        """The extent's tokens follow on those before."""
+        self.covered_tokens += extent.num_tokens
+        self._extents.put_nowait(extent)
+
+    def finish(self) -> None:
+        """No more extents follow."""
+        self.begun = True
+        self._extents.put_nowait(None)
+
+    async def cancel(self) -> None:
+        """Ends the attempt; no byte is written after this returns."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _run(self, done: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+        try:
+            blocks = await asyncio.shield(self._blocks)
+            while (extent := await self._extents.get()) is not None:
+                first = extent.first_token // self._block_tokens
+                self._note(await self._importer.copy(extent, blocks[first : first + len(extent.block_ids)]))
+        except Exception as error:
+            failed(error)
+        else:
+            done()
+
+    def _note(self, result: CopyResult) -> None:
+        self.num_bytes += result.num_bytes
+        self.seconds += result.seconds
+        self.transport = result.transport
