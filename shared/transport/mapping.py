@@ -26,7 +26,7 @@ class Mapping:
         try:
             if (size := os.fstat(fd).st_size) != num_bytes:
                 raise OSError(f"{path} passed a file of {size} bytes instead of {num_bytes}")
-            if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            if not _seals(fd) & fcntl.F_SEAL_SHRINK:
                 # its owner could cut it under a running copy, which ends this process by SIGBUS
                 raise OSError(f"{path} passed memory that is not sealed against shrinking")
             # the pages exist already, so populating only fills this process's page table, and no copy takes faults
@@ -62,3 +62,10 @@ class Mapping:
         if self._loop is not None:
             self._loop.remove_reader(self._connection)
             self._loop = None
+
+
+def _seals(fd: int) -> int:
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return 0  # no memory file

@@ -1,0 +1,171 @@
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tandem.v1 import kv_pb2, kv_pb2_grpc
+
+from shared.config import TransportConfig
+from shared.kv_cache import KvLayout
+from shared.rpc import create_server
+from shared.transport.exporter import Exporter
+from shared.transport.importer import Importer
+from shared.transport.pool_memory import PoolMemory
+from shared.transport.wire import LAYOUT_FIELDS
+
+ROOT = Path(__file__).parents[3]
+LAYOUT = KvLayout(model_digest="ab" * 32, dtype="float32", num_layers=2, num_kv_heads=1, head_dim=8, block_tokens=16)
+
+
+@pytest.fixture
+def layout() -> KvLayout:
+    return LAYOUT
+
+
+@pytest.fixture
+def held() -> Callable[[], tuple[list[str], int]]:
+    """What this process holds: its open files, and how many pools are mapped into it."""
+
+    def held() -> tuple[list[str], int]:
+        files = []
+        for fd in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):  # the listing's own
+                files.append(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        return sorted(files), sum("tandem-kv" in line for line in maps)
+
+    return held
+
+
+@dataclass
+class Served:
+    """An exporter on a server of its own, in this process."""
+
+    exporter: Exporter
+    memory: PoolMemory
+    layout: KvLayout
+    kv_endpoint: str
+
+    def block(self, index: int) -> bytes:
+        size = self.layout.block_bytes
+        return bytes(self.memory.buffer[index * size : (index + 1) * size])
+
+
+@dataclass
+class Importing:
+    """An importer and the pool it copies into, filled with 0xEE."""
+
+    importer: Importer
+    pool: bytearray
+    layout: KvLayout
+
+    def block(self, index: int) -> bytes:
+        size = self.layout.block_bytes
+        return bytes(self.pool[index * size : (index + 1) * size])
+
+    def untouched(self, *blocks: int) -> bool:
+        """Whether every block but these is as at the start."""
+        size = self.layout.block_bytes
+        return all(self.block(i) == b"\xee" * size for i in range(len(self.pool) // size) if i not in blocks)
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def serve(stack: AsyncExitStack, tmp_path: Path) -> Callable[..., Any]:
+    async def serve(*, num_blocks: int = 32, layout: KvLayout = LAYOUT, **config: Any) -> Served:
+        memory = PoolMemory(num_blocks * layout.block_bytes)
+        stack.callback(memory.close)
+        memory.buffer[:] = random.Random(1).randbytes(memory.num_bytes)
+        server = create_server()
+        endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        transport = TransportConfig(**{"socket_dir": tmp_path, **config})
+        exporter = Exporter(layout, memory, worker_id="prefill-1", kv_endpoint=endpoint, config=transport)
+        await exporter.start()
+        kv_pb2_grpc.add_KvServiceServicer_to_server(exporter, server)
+        await server.start()
+        stack.callback(exporter.close)
+        stack.push_async_callback(server.stop, 0)
+        return Served(exporter, memory, layout, endpoint)
+
+    return serve
+
+
+@pytest.fixture
+def importing(stack: AsyncExitStack) -> Callable[..., Importing]:
+    def importing(*, num_blocks: int = 32, layout: KvLayout = LAYOUT, **config: Any) -> Importing:
+        pool = bytearray(b"\xee") * (num_blocks * layout.block_bytes)
+        importer = Importer(layout, pool, worker_id="decode-1", config=TransportConfig(**config))
+        stack.push_async_callback(importer.close)
+        return Importing(importer, pool, layout)
+
+    return importing
+
+
+@dataclass
+class ExporterProcess:
+    """exporter_process.py, running."""
+
+    process: subprocess.Popen[str]
+    kv_endpoint: str
+    epoch: int
+    contents: bytes
+
+    def extent(self, layout: KvLayout, blocks: list[int]) -> kv_pb2.KvExtent:
+        return kv_pb2.KvExtent(
+            kv_endpoint=self.kv_endpoint,
+            epoch=self.epoch,
+            layout_digest=layout.digest,
+            block_ids=blocks,
+            num_tokens=len(blocks) * layout.block_tokens,
+            export_id="all",
+        )
+
+    def block(self, layout: KvLayout, index: int) -> bytes:
+        return self.contents[index * layout.block_bytes : (index + 1) * layout.block_bytes]
+
+    def kill(self) -> None:
+        """SIGKILL. Then nothing of the process is left, its pipes here included."""
+        self.process.kill()
+        with self.process:
+            pass
+
+
+@pytest.fixture
+def start_exporter(stack: AsyncExitStack, tmp_path: Path) -> Callable[..., Any]:
+    async def start(
+        seed: int, *, port: int = 0, num_blocks: int = 32, layout: KvLayout = LAYOUT, **config: Any
+    ) -> ExporterProcess:
+        options = {
+            "layout": {"block_bytes": layout.block_bytes, **{name: getattr(layout, name) for name in LAYOUT_FIELDS}},
+            "num_blocks": num_blocks,
+            "seed": seed,
+            "port": port,
+            "config": {"socket_dir": str(tmp_path), **config},
+        }
+        process = subprocess.Popen(  # noqa: ASYNC220 - forks and execs at once
+            [sys.executable, str(Path(__file__).with_name("exporter_process.py")), json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        stack.enter_context(process)  # closes its pipes, so that it ends, and waits
+        ready = json.loads(await asyncio.to_thread(process.stdout.readline))
+        contents = random.Random(seed).randbytes(num_blocks * layout.block_bytes)
+        return ExporterProcess(process, ready["kv_endpoint"], ready["epoch"], contents)
+
+    return start

@@ -1,0 +1,121 @@
+"""A prefill worker's process is killed: SIGKILL, no word of farewell."""
+
+import asyncio
+import socket
+import threading
+
+import pytest
+from tandem.v1 import types_pb2
+
+from shared import rpc
+from shared.transport.importer import COPY_THREADS
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+async def until(condition) -> None:
+    """Lets the event loop turn until the condition holds."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "inline"])
+async def test_a_restarted_worker_is_mapped_afresh(start_exporter, importing, layout, held, tmp_path, transport):
+    disable = [] if transport == "shared_memory" else ["shared_memory"]
+    decode = importing(disable=disable)
+    port = free_port()
+    first = await start_exporter(1, port=port)
+    await decode.importer.copy(first.extent(layout, [3, 4]), [7, 5])  # gRPC opens what it needs for good
+    assert (decode.block(7), decode.block(5)) == (first.block(layout, 3), first.block(layout, 4))
+    before = held()
+    assert before[1] == (1 if transport == "shared_memory" else 0)
+
+    first.kill()
+    second = await start_exporter(2, port=port)
+    assert second.epoch != first.epoch
+    result = await decode.importer.copy(second.extent(layout, [3, 4]), [7, 5])
+    assert result.transport == types_pb2.Transport.Value(f"TRANSPORT_{transport.upper()}")
+    assert (decode.block(7), decode.block(5)) == (second.block(layout, 3), second.block(layout, 4))
+    assert [pair.worker_id for pair in decode.importer.pairs()] == ["seed-2"]
+    with pytest.raises(rpc.RpcError, match="epoch") as caught:
+        await decode.importer.copy(first.extent(layout, [3]), [1])
+    assert caught.value.code.name == "ABORTED"
+    assert decode.untouched(7, 5)
+    await until(lambda: len(held()[0]) <= len(before[0]))
+    assert held()[1] == before[1]
+    if transport == "shared_memory":
+        assert len(list(tmp_path.glob("*.sock"))) == 1  # the killed worker's was removed
+
+
+async def test_a_dead_workers_memory_is_given_back_without_further_traffic(start_exporter, importing, layout, held):
+    before = held()[1]
+    decode = importing()
+    worker = await start_exporter(1)
+    pair = await decode.importer.connect(worker.kv_endpoint)
+    assert held()[1] == before + 1
+    worker.kill()
+    await asyncio.wait_for(pair.closed.wait(), 10)
+    assert held()[1] == before
+    assert decode.importer.pairs() == []
+    with pytest.raises(rpc.RpcError) as caught:
+        await decode.importer.copy(worker.extent(layout, [1]), [1])
+    assert caught.value.code.name == "UNAVAILABLE"
+    assert decode.untouched()
+
+
+async def test_the_mapping_outlives_its_owner_while_a_copy_runs(start_exporter, importing, layout, held):
+    before = held()[1]
+    decode = importing()
+    worker = await start_exporter(1)
+    pair = await decode.importer.connect(worker.kv_endpoint)
+    gate = threading.Event()
+    for _ in range(COPY_THREADS):
+        decode.importer._threads.submit(gate.wait)
+    copy = asyncio.create_task(decode.importer.copy(worker.extent(layout, list(range(1, 32))), range(1, 32)))
+    await asyncio.sleep(0)
+    worker.kill()
+    await until(lambda: not decode.importer.pairs())
+    assert held()[1] == before + 1
+    gate.set()
+    assert (await copy).num_bytes == 31 * layout.block_bytes
+    assert all(decode.block(i) == worker.block(layout, i) for i in range(1, 32))
+    await asyncio.wait_for(pair.closed.wait(), 10)
+    assert held()[1] == before
+
+
+async def test_a_worker_killed_during_a_fetch_is_unavailable(start_exporter, importing, layout):
+    num_blocks = (64 << 20) // layout.block_bytes
+    decode = importing(num_blocks=num_blocks, disable=["shared_memory"])
+    worker = await start_exporter(1, num_blocks=num_blocks)
+    blocks = list(range(1, num_blocks))
+    copy = asyncio.create_task(decode.importer.copy(worker.extent(layout, blocks), blocks))
+    await until(lambda: decode.block(1) == worker.block(layout, 1))
+    worker.process.kill()
+    with pytest.raises(rpc.RpcError) as caught:
+        await copy
+    assert caught.value.code.name == "UNAVAILABLE"
+    assert decode.importer.pairs() == []
+
+
+async def test_descriptors_and_mappings_return_to_the_start(start_exporter, importing, layout, held):
+    decode = importing()
+
+    async def life(seed: int) -> None:
+        worker = await start_exporter(seed)
+        pair = await decode.importer.connect(worker.kv_endpoint)
+        await decode.importer.copy(worker.extent(layout, [1]), [1])
+        worker.kill()
+        await asyncio.wait_for(pair.closed.wait(), 10)
+
+    await life(0)  # gRPC and the threads open what they need for good
+    start = held()
+    for seed in (1, 2, 3):
+        await life(seed)
+    # gRPC closes the sockets of a channel some time after it says so
+    await until(lambda: len(held()[0]) <= len(start[0]))
+    assert held()[1] == start[1]
