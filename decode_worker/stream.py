@@ -55,6 +55,8 @@ class DecodeStream:
                 raise invalid("event", "no more messages follow, and begin was not among them")
         except RpcError as error:
             self.outbox.fail(error)
+        except grpc.aio.UsageError:
+            pass  # the call is over
         except Exception as error:
             self.outbox.fail(internal(error))
 
@@ -140,10 +142,9 @@ class DecodeStream:
         self._check_outputs("begin.first_tokens", indices)
         if len(set(indices)) != len(indices):
             raise invalid("begin.first_tokens", "names an output twice")
-        if (largest := max(token.token_id for token in tokens)) >= self._limits.vocab_size:
-            raise invalid(
-                "begin.first_tokens", f"token {largest} is outside the vocabulary of {self._limits.vocab_size}"
-            )
+        vocab_size = self._limits.vocab_size
+        if (largest := max(token.token_id for token in tokens)) >= vocab_size:
+            raise invalid("begin.first_tokens", f"token {largest} is outside the vocabulary of {vocab_size}")
         return [(token.index, token.token_id) for token in tokens if not token.finish_reason]
 
     def _finish(self, message: decode_pb2.Finish) -> None:

@@ -130,9 +130,11 @@ class WorkerServer:
         if self._watch:
             self._watch.cancel()
         await self._health.set(False)
-        if self._site.board.running:
-            await asyncio.wait([asyncio.ensure_future(self._site.board.idle())], timeout=drain_s)
-            log.info("%d requests did not end within %g s and are cut off", self._site.board.running, drain_s)
+        idle = asyncio.ensure_future(self._site.board.idle())
+        await asyncio.wait([idle], timeout=drain_s)
+        if not idle.done():
+            idle.cancel()
+            log.warning("%d requests did not end within %g s and are cut off", self._site.board.running, drain_s)
         await self._server.stop(0.1)
         await self._role.close()
         await self._thread.stop()
