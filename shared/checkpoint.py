@@ -115,6 +115,7 @@ _GGUF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_DEQUANTISE_ELEMENTS = 1 << 20
 # Frequencies, which the config says already.
 _GGUF_IGNORED = {"rope_freqs.weight"}
 
@@ -134,7 +135,8 @@ class GgufCheckpoint:
         is_permuted = architecture == "llama"
         self._heads = {"q_proj": num_heads, "k_proj": int(str(num_kv_heads))} if is_permuted else {}
         self._tensors = dict(_renamed(header.tensors))
-        self._data = np.memmap(path, dtype=np.uint8, mode="r")
+        # A plain array over the mapping: slicing numpy's own memmap class is slow.
+        self._data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
 
     def names(self) -> set[str]:
         return set(self._tensors)
@@ -143,11 +145,9 @@ class GgufCheckpoint:
         values = self._dequantised(self._tensors[name])
         for projection, num_heads in self._heads.items():
             if f".{projection}." in name:
-                half = values.shape[0] // num_heads // 2
-                halves = values.reshape(num_heads, half, 2, *values.shape[1:])
-                values = halves.swapaxes(1, 2).reshape(values.shape)
-        # A tensor stored as float32 is still a view of the read-only file.
-        return torch.from_numpy(values if values.flags.writeable else values.copy())
+                pairs = values.reshape(num_heads, len(values) // num_heads // 2, 2, -1)
+                values = pairs.swapaxes(1, 2).reshape(values.shape)
+        return torch.from_numpy(values)
 
     def _dequantised(self, tensor: GgufTensor) -> np.ndarray:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
@@ -155,17 +155,22 @@ class GgufCheckpoint:
         try:
             kind = GGMLQuantizationType(tensor.type_id)
             elements_per_block, bytes_per_block = GGML_QUANT_SIZES[kind]
-            num_bytes = tensor.num_elements // elements_per_block * bytes_per_block
-            raw = self._data[tensor.offset : tensor.offset + num_bytes]
-            if raw.nbytes < num_bytes:
+            num_blocks = tensor.num_elements // elements_per_block
+            raw = self._data[tensor.offset : tensor.offset + num_blocks * bytes_per_block]
+            if raw.nbytes < num_blocks * bytes_per_block:
                 raise CheckpointError(f"{tensor.name} lies beyond the end of the GGUF file, which is cut short")
-            plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}.get(kind)
-            values = raw.view(plain) if plain else dequantize(raw.reshape(*tensor.shape[:-1], -1), kind)
+            # The package works on 16 rows at a time, which is slow; blocks do not care which row they are in.
+            step = max(1, _DEQUANTISE_ELEMENTS // elements_per_block) * bytes_per_block
+            values = np.empty(tensor.num_elements, dtype=np.float32)
+            for start in range(0, raw.nbytes, step):
+                part = dequantize(raw[start : start + step].reshape(1, -1), kind)
+                first = start // bytes_per_block * elements_per_block
+                values[first : first + part.size] = part[0]
         except (ValueError, KeyError, NotImplementedError) as error:
             raise CheckpointError(
                 f"{tensor.name} has GGUF type {tensor.type_id}, which the gguf package cannot dequantise"
             ) from error
-        return np.asarray(values, dtype=np.float32).reshape(tensor.shape)
+        return values.reshape(tensor.shape)
 
 
 def _renamed(tensors: dict[str, GgufTensor]) -> Iterator[tuple[str, GgufTensor]]:

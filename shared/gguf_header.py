@@ -70,6 +70,8 @@ class _Cursor:
     def skip_strings(self, count: int) -> None:
         position = self.position
         for _ in range(count):
+            if position >= len(self.data):
+                raise IndexError("an array of strings ends beyond the file")
             position += 8 + int.from_bytes(self.data[position : position + 8], "little")
         self.position = position
 
@@ -85,7 +87,9 @@ class _Cursor:
             self.skip_strings(count)
             return None
         if element_type not in _SCALARS:
-            return [self.value(element_type) for _ in range(count)]
+            raise GgufError(f"unknown GGUF array of type {element_type}")
+        if count > len(self.data):
+            raise IndexError("an array ends beyond the file")
         code = f"<{count}{_SCALARS[element_type]}"
         values = struct.unpack_from(code, self.data, self.position)
         self.position += struct.calcsize(code)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from shared.model_files import SMALL_FILES, ModelError, ModelNotFoundError, find_weights, hash_file
 
@@ -200,12 +200,12 @@ def _wanted(repository: str, names: list[str], allow_pickle: bool) -> list[str]:
 
 
 def _silent_tqdm() -> type:
+    """The hub's client insists on drawing its own bars."""
     from tqdm.auto import tqdm
 
     class Silent(tqdm):
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            kwargs["disable"] = True
-            super().__init__(*args, **kwargs)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
 
     return Silent
 

@@ -84,16 +84,17 @@ class ModelStore:
 
         A model that is here is returned without any network call. A name taken by another source is an error.
         """
-        self._sweep()
         held = self._find(name or source)
-        parsed = None if held and held.source == source else parse_source(source, self._built_in)
-        target = self._folder(name or (parsed.name if parsed else source))
+        if held is not None and held.source == source:
+            return self._load(held.folder, allow_pickle)
+        parsed = parse_source(source, self._built_in)
+        target = self._folder(name or parsed.name)
+        self._sweep()
         with self._locked(f".pull-{target.name}.lock"):
-            held = self._find(name or (parsed.name if parsed else source))
+            held = self._find(name or parsed.name)
             if held is None:
-                assert parsed is not None
                 self._make(target, lambda folder, lock: self._fetch(parsed, folder, lock, progress, name, allow_pickle))
-            elif parsed is not None and held.source != parsed.location:
+            elif held.source != parsed.location:
                 raise ModelError(
                     f"the name {held.name} is taken by {held.source}: pull under another with --name, "
                     f"or `tandem model remove {held.name}` first"
@@ -198,7 +199,7 @@ class ModelStore:
         stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (*small, *weights.paths)]
         key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:32]
         target = self.root / ".derived" / key
-        with self._locked(f".derive-{key}.lock"):
+        with self._locked(".derive.lock"):
             if not (target / _MANIFEST).is_file():
                 self._sweep()
 
@@ -213,11 +214,12 @@ class ModelStore:
         return self._load(target, allow_pickle)
 
     def _prune(self, kept: Path, location: str) -> None:
-        """What was made from an earlier state of the same files is of no use any more."""
+        """What was made from an earlier state of these files, or from files that are gone, is of no use any more."""
         for folder in kept.parent.iterdir():
-            manifest = folder / _MANIFEST
-            if folder != kept and manifest.is_file() and read_json(manifest)["source"] == location:
-                shutil.rmtree(folder, ignore_errors=True)
+            if folder != kept and (folder / _MANIFEST).is_file():
+                source = str(read_json(folder / _MANIFEST)["source"])
+                if source == location or not Path(source).exists():
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _make(self, target: Path, fill: Callable[[Path, int], None]) -> None:
         """Fills a temporary folder, flushes it and renames it to `target`. `fill` gets the folder and its lock."""

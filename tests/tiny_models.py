@@ -139,9 +139,17 @@ def tiny_gguf(kind: str = "llama") -> Path:
 
 
 def write_gguf(
-    path: Path, kind: str, *, rope_theta: float = 10_000.0, extra: Mapping[str, np.ndarray] | None = None
+    path: Path,
+    kind: str,
+    *,
+    rope_theta: float = 10_000.0,
+    rope_scaling: tuple[gguf.RopeScalingType, float, int] | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """A llama kind as llama.cpp's converter writes it: q and k rows permuted, matrices in Q8_0. `extra`: tensors."""
+    """A llama kind as llama.cpp's converter writes it: q and k rows permuted, matrices in Q8_0.
+
+    `rope_scaling`: type, factor and original context. `extra`: further tensors.
+    """
     model = AutoModelForCausalLM.from_pretrained(tiny_model(kind), dtype=torch.float32)
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -156,6 +164,10 @@ def write_gguf(
     writer.add_rope_freq_base(rope_theta)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
+    if rope_scaling:
+        writer.add_rope_scaling_type(rope_scaling[0])
+        writer.add_rope_scaling_factor(rope_scaling[1])
+        writer.add_rope_scaling_orig_ctx_len(rope_scaling[2])
     _add_tokenizer(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

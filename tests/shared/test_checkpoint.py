@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import RopeScalingType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -155,6 +156,26 @@ def test_gguf_rope_scaling_is_carried_over_or_refused(tmp_path: Path, divisors_a
         "original_max_position_embeddings": 8192,
     }
     assert "rope_freqs.weight" not in GgufCheckpoint(path).names()
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        (RopeScalingType.LINEAR, {"rope_type": "linear", "factor": 4.0}),
+        (RopeScalingType.YARN, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}),
+        (RopeScalingType.LONGROPE, None),
+    ],
+)
+def test_gguf_named_rope_scaling(tmp_path: Path, scaling: RopeScalingType, expected: dict[str, object] | None) -> None:
+    path = tmp_path / "scaled.gguf"
+    write_gguf(path, "llama", rope_scaling=(scaling, 4.0, 512))
+    if expected is None:
+        with pytest.raises(ConversionError, match="scales rope by 'longrope'"):
+            convert_gguf(path, tmp_path)
+        return
+    convert_gguf(path, tmp_path)
+    rope = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
+    assert rope == {**expected, "rope_theta": 10_000.0}
 
 
 def write_scaled_gguf(path: Path, *, divisors_are_llama3: bool) -> None:
