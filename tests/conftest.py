@@ -11,9 +11,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import pytest
-from cluster import Cluster
-from tiny_models import smollm2
-from tiny_models import tiny_model as make_tiny_model
+
+from tests.cluster import Cluster
+from tests.tiny_models import smollm2
+from tests.tiny_models import tiny_model as make_tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,11 @@ import random
 from pathlib import Path
 
 import grpc
-import prompts
 import pytest
-from cluster import Cluster
 from tandem.v1 import inference_pb2, types_pb2
+
+from tests.cluster import Cluster
+from tests.e2e import prompts
 
 MAX_TOKENS = 16
 

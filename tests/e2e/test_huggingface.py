@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import prompts
 import pytest
 import torch
-from cluster import Cluster
 from tandem.v1 import inference_pb2, types_pb2
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tests.cluster import Cluster
+from tests.e2e import prompts
+from tests.tiny_models import gguf_state_dict, smollm2
 
 MAX_TOKENS = 12
 # two float32 implementations that sum in different orders; a wrong position or mask is off by 1e-2 and more
@@ -49,9 +51,13 @@ async def assert_equal(cluster: Cluster, model: PreTrainedModel, request: infere
 
 
 @pytest.fixture(scope="module")
-def reference(default_model: Path) -> PreTrainedModel:
-    [gguf] = default_model.glob("*.gguf")
-    return AutoModelForCausalLM.from_pretrained(default_model, gguf_file=gguf.name, dtype=torch.float32).eval()
+def reference() -> PreTrainedModel:
+    """transformers' own reading of the default model's file."""
+    files = smollm2()
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.folder), dtype=torch.float32)
+    model.load_state_dict(gguf_state_dict(files.weights.paths[0], model), strict=False)
+    model.tie_weights()
+    return model.eval()
 
 
 @pytest.fixture(scope="module")

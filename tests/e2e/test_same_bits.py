@@ -7,10 +7,11 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import prompts
 import pytest
-from cluster import Cluster, Result
 from tandem.v1 import inference_pb2, types_pb2
+
+from tests.cluster import Cluster, Result
+from tests.e2e import prompts
 
 MAX_TOKENS = 24
 
