@@ -37,7 +37,7 @@ check: setup-dev ## lint, format, types, contracts, stubs up to date, import rul
 	tools/protos --check
 	$(BIN)/python -m pytest -q tests/test_layout.py tests/test_protos.py
 
-bench: setup ## measure the four standard workloads
+bench: setup ## measure the four standard workloads on the default model
 	@exec $(BIN)/python -m benchmarks $(ARGS)
 
 protos: setup-dev ## generate the Python stubs beside the .proto files
