@@ -13,7 +13,7 @@ worker.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -111,10 +111,11 @@ class Cluster:
         revive: bool = False,
     ) -> None:
         self.log: list[str] = []
+        self._logged = asyncio.Event()
         self._supervisor = Supervisor(
             settings={"model": model, "drain_s": 0, **(settings or {})},
             config_path=config_path,
-            on_line=lambda name, line: self.log.append(f"{name} | {line}"),
+            on_line=self._take_line,
             revive=revive,
         )
         self._counts = prefill, decode
@@ -237,6 +238,53 @@ class Cluster:
                 raise AssertionError(f"{member.name} still holds something after {SETTLE_S} s:\n{last}") from None
 
         await asyncio.gather(*(one(member) for member in self.workers if member.alive))
+
+    async def until(
+        self, members: Member | Sequence[Member], condition: Callable[[worker_pb2.WatchLoadResponse], object]
+    ) -> Member:
+        """The first of the members whose load meets the condition, once one does."""
+        candidates = [members] if isinstance(members, Member) else members
+
+        async def one(member: Member) -> Member:
+            async for load in self.watch(member):
+                if condition(load):
+                    return member
+            raise AssertionError(f"{member.name} ended its load stream")
+
+        watching = [asyncio.create_task(one(member)) for member in candidates if member.alive]
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
+
+    async def logged(self, *parts: str, after: int = 0) -> str:
+        """The first line of the log, from line number `after` on, that has all these parts, once it is there."""
+        seen = after
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                while True:
+                    self._logged.clear()
+                    for line in self.log[seen:]:
+                        if all(part in line for part in parts):
+                            return line
+                    seen = len(self.log)
+                    await self._logged.wait()
+        except TimeoutError:
+            raise AssertionError(f"nobody logged {parts} within {SETTLE_S} s") from None
+
+    async def known(self, *members: Member) -> None:
+        """Returns once the gateway sends requests to these members' present processes."""
+        for member in members:
+            assert member.process
+            await self.logged(self.gateway.name, f"({member.process.ready.worker_id}) is alive")
+
+    def _take_line(self, name: str, line: str) -> None:
+        self.log.append(f"{name} | {line}")
+        self._logged.set()
 
     async def resources(self) -> dict[str, Resources]:
         """What each living process holds, by member name."""
