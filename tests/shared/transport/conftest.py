@@ -4,7 +4,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from shared.config import TransportConfig
 from shared.kv_cache import KvLayout
 from shared.rpc import create_server
 from shared.transport.exporter import Exporter
-from shared.transport.importer import Importer
+from shared.transport.importer import COPY_THREADS, Importer
 from shared.transport.pool_memory import PoolMemory
 from shared.transport.wire import LAYOUT_FIELDS
 
@@ -81,6 +82,20 @@ class Importing:
 async def stack() -> AsyncIterator[AsyncExitStack]:
     async with AsyncExitStack() as stack:
         yield stack
+
+
+@pytest.fixture
+def occupy(importing: Any) -> Iterator[Callable[[Importer], threading.Event]]:
+    """Keeps all threads of an importer busy until the event is set."""
+    gate = threading.Event()
+
+    def occupy(importer: Importer) -> threading.Event:
+        for _ in range(COPY_THREADS):
+            importer._threads.submit(gate.wait)
+        return gate
+
+    yield occupy
+    gate.set()  # before the importer is closed, which waits for its threads
 
 
 @pytest.fixture

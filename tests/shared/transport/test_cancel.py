@@ -12,20 +12,6 @@ from shared.transport.importer import COPY_THREADS
 from shared.transport.wire import CHUNK_BYTES
 
 
-@pytest.fixture
-def occupied():
-    """Keeps all threads of an importer busy until it is set."""
-    gate = threading.Event()
-
-    def occupy(importer) -> threading.Event:
-        for _ in range(COPY_THREADS):
-            importer._threads.submit(gate.wait)
-        return gate
-
-    yield occupy
-    gate.set()
-
-
 async def turn(times: int = 50) -> None:
     for _ in range(times):
         await asyncio.sleep(0)
@@ -36,11 +22,11 @@ async def drain(importer) -> None:
     await asyncio.gather(*(asyncio.wrap_future(importer._threads.submit(int)) for _ in range(COPY_THREADS)))
 
 
-async def test_a_delayed_copy_is_awaited_and_writes_nothing(serve, importing, occupied):
+async def test_a_delayed_copy_is_awaited_and_writes_nothing(serve, importing, occupy):
     served, decode = await serve(), importing()
     served.exporter.open_export("x", range(1, 32))
     await decode.importer.connect(served.kv_endpoint)
-    gate = occupied(decode.importer)
+    gate = occupy(decode.importer)
     copy = asyncio.create_task(
         decode.importer.copy(served.exporter.extent("x", range(1, 32), 0, 31 * 16), range(1, 32))
     )
@@ -160,11 +146,11 @@ async def test_a_cancelled_fetch_ends_on_both_sides(serve, importing, layout, st
     assert decode.pool == next_owner
 
 
-async def test_closing_waits_for_a_running_copy(serve, importing, occupied):
+async def test_closing_waits_for_a_running_copy(serve, importing, occupy):
     served, decode = await serve(), importing()
     served.exporter.open_export("x", [1])
     pair = await decode.importer.connect(served.kv_endpoint)
-    gate = occupied(decode.importer)
+    gate = occupy(decode.importer)
     copy = asyncio.create_task(decode.importer.copy(served.exporter.extent("x", [1], 0, 16), [1]))
     await turn()
     close = asyncio.create_task(decode.importer.close())

@@ -2,13 +2,11 @@
 
 import asyncio
 import socket
-import threading
 
 import pytest
 from tandem.v1 import types_pb2
 
 from shared import rpc
-from shared.transport.importer import COPY_THREADS
 
 
 def free_port() -> int:
@@ -68,14 +66,12 @@ async def test_a_dead_workers_memory_is_given_back_without_further_traffic(start
     assert decode.untouched()
 
 
-async def test_the_mapping_outlives_its_owner_while_a_copy_runs(start_exporter, importing, layout, held):
+async def test_the_mapping_outlives_its_owner_while_a_copy_runs(start_exporter, importing, layout, held, occupy):
     before = held()[1]
     decode = importing()
     worker = await start_exporter(1)
     pair = await decode.importer.connect(worker.kv_endpoint)
-    gate = threading.Event()
-    for _ in range(COPY_THREADS):
-        decode.importer._threads.submit(gate.wait)
+    gate = occupy(decode.importer)
     copy = asyncio.create_task(decode.importer.copy(worker.extent(layout, list(range(1, 32))), range(1, 32)))
     await asyncio.sleep(0)
     worker.kill()
