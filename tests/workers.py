@@ -1,4 +1,4 @@
-"""A prefill and a decode worker in the test's own process, and a client that plays the gateway's part over real gRPC."""
+"""Workers in the test's own process, and a client that plays the gateway's part over real gRPC."""
 
 from __future__ import annotations
 
@@ -117,6 +117,10 @@ class Output:
         self.token_ids.extend(token_ids)
         self.logprobs.extend(logprobs)
         self.finish_reason = finish_reason
+
+
+def _bytes(reports: list[types_pb2.PositionLogprobs]) -> list[bytes]:
+    return [report.SerializeToString() for report in reports]
 
 
 @dataclass
