@@ -1,0 +1,137 @@
+"""One file, then the environment, then flags; whatever is wrong is refused by its name."""
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from shared.config import ConfigError, TandemConfig, load_config
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder and no TANDEM_ variable."""
+    for name in list(os.environ):
+        if name.startswith("TANDEM_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_defaults_need_no_file():
+    config = load_config()
+    assert type(config) is TandemConfig
+    assert config.model == "smollm2-135m-instruct"
+    assert (config.gateway.port, config.gateway.http_port, config.prefill.port, config.decode.port) == (
+        50051,
+        8080,
+        50061,
+        50071,
+    )
+
+
+def test_flags_win_over_environment_over_file(clean: Path, monkeypatch: pytest.MonkeyPatch):
+    (clean / "tandem.yaml").write_text("decode: {max_running: 1, max_waiting: 1, chunk_tokens: 1}\n")
+    monkeypatch.setenv("TANDEM_DECODE__MAX_WAITING", "2")
+    monkeypatch.setenv("TANDEM_DECODE__CHUNK_TOKENS", "2")
+    decode = load_config(overrides={"decode": {"chunk_tokens": 3}}).decode
+    assert (decode.max_running, decode.max_waiting, decode.chunk_tokens) == (1, 2, 3)
+
+
+def test_a_named_file_is_read_and_has_to_be_there(clean: Path):
+    path = clean / "other.yaml"
+    with pytest.raises(ConfigError, match=r"other\.yaml: no such file"):
+        load_config(path)
+    path.write_text("block_tokens: 32\n")
+    assert load_config(path).block_tokens == 32
+    path.write_text("")
+    assert load_config(path) == load_config()
+
+
+def test_a_broken_file_is_named(clean: Path):
+    path = clean / "tandem.yaml"
+    path.write_text("model: [")
+    with pytest.raises(ConfigError, match=r"tandem\.yaml"):
+        load_config()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"decod": {}}, "decod: unknown key"),
+        ({"decode": {"max_runing": 1}}, "decode.max_runing: unknown key"),
+        ({"decode": {"max_running": 0}}, r"decode.max_running: .*greater than or equal to 1.*\(got 0\)"),
+        ({"gateway": {"port": 70000}}, "gateway.port: "),
+        ({"dtype": "float16"}, r"dtype: .*'float32' or 'bfloat16'.*\(got 'float16'\)"),
+        ({"block_tokens": 24}, "block_tokens: 24 is not a power of two"),
+        ({"prefill": {"chunk_tokens": 600}}, r"prefill.chunk_tokens: 600 exceeds prefill.batch_tokens \(512\)"),
+        ({"gateway": {"decode_workers": []}}, "gateway.decode_workers: empty"),
+        (
+            {"transport": {"require": "shared_memory", "disable": ["shared_memory"]}},
+            "transport.require: shared_memory is also in transport.disable",
+        ),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name(overrides: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=overrides)
+
+
+def test_every_fault_is_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        load_config(overrides={"model": 3, "decode": {"max_running": 0}, "x": 1})
+    assert [line.partition(":")[0] for line in str(error.value).splitlines()] == ["model", "decode.max_running", "x"]
+
+
+@pytest.mark.parametrize("text", ["a:1,b:2", " a:1 , b:2 ", "a:1,b:2,"])
+def test_lists_are_written_with_commas(text: str, monkeypatch: pytest.MonkeyPatch):
+    assert load_config(overrides={"gateway": {"prefill_workers": text}}).gateway.prefill_workers == ("a:1", "b:2")
+    monkeypatch.setenv("TANDEM_GATEWAY__DECODE_WORKERS", text)
+    assert load_config().gateway.decode_workers == ("a:1", "b:2")
+
+
+def test_an_empty_list_is_written_as_nothing():
+    assert load_config(overrides={"gateway": {"prefill_workers": ""}}).gateway.prefill_workers == ()
+
+
+@pytest.mark.parametrize("text", ["x", "3"])
+def test_a_section_that_is_no_section_is_refused(text: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TANDEM_DECODE", text)
+    with pytest.raises(ConfigError, match="decode"):
+        load_config()
+
+
+def test_it_is_frozen():
+    config = load_config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.model = "other"  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.decode.port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("smollm2-135m-instruct", "smollm2-135m-instruct"),
+        ("org/Model-7B", "Model-7B"),
+        ("/models/My-Model", "My-Model"),
+        ("/models/tiny.Q4_1.gguf", "tiny.Q4_1"),
+    ],
+)
+def test_clients_name_the_last_part_of_the_model(model: str, name: str):
+    assert load_config(overrides={"model": model}).model_name == name
+    assert load_config(overrides={"model": model, "served_name": "x"}).model_name == "x"
+
+
+def test_every_key_is_described():
+    def bare(section, prefix: str) -> list[str]:
+        found = []
+        for name, field in section.model_fields.items():
+            if hasattr(field.annotation, "model_fields"):
+                found += bare(field.annotation, f"{prefix}{name}.")
+            elif not field.description:
+                found.append(prefix + name)
+        return found
+
+    assert bare(TandemConfig, "") == []
