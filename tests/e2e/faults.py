@@ -68,11 +68,15 @@ class Stream:
 
 
 async def failure(call: Any) -> RpcError:
-    """The error that a call ends with."""
+    """The error that a call ends with, unary or streaming."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
-                pass
-        else:
-            await call
+        await _end(call)
     return from_grpc(caught.value)
+
+
+async def _end(call: Any) -> None:
+    if hasattr(call, "read"):
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    else:
+        await call
