@@ -62,10 +62,10 @@ class DecodeStream:
 
     async def close(self) -> None:
         """Frees what the stream holds, once no copy writes to it any more."""
-        if self._grace is not None:
-            self._grace.cancel()
         if self._attempt is not None:
             await self._attempt.cancel()
+        if self._grace is not None:
+            self._grace.cancel()
         if self._group is not None:
             self._thread.post(partial(self._scheduler.release, self._group))
 
@@ -197,11 +197,12 @@ class DecodeStream:
         return self._attempt
 
     async def _void(self) -> None:
-        if self._grace is not None:
-            self._grace.cancel()
         if self._attempt is not None:
             await self._attempt.cancel()
             self.outbox.void()
+        # after the attempt, whose end may have been a failure that set it
+        if self._grace is not None:
+            self._grace.cancel()
         if self._running and self._group is not None:
             self._running = False
             self._blocks = asyncio.get_running_loop().create_future()
