@@ -171,8 +171,7 @@ class Workers:
             except Exception:
                 # a bug must not leave the worker unwatched for the rest of the gateway's life
                 log.exception("watching %s failed", worker)
-            finally:
-                self._went_away(worker)
+            self._went_away(worker)
             await asyncio.sleep(_AGAIN_S)
 
     async def _describe(self, worker: Worker, info: worker_pb2.GetInfoResponse) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from tandem.v1 import inference_pb2, inference_pb2_grpc, types_pb2
+from tandem.v1 import inference_pb2, inference_pb2_grpc, types_pb2, worker_pb2
 
+from gateway.changes import Changes
 from gateway.gateway import Gateway
 from gateway.metrics import Metrics
 from gateway.model import SamplingDefaults, ServedModel
@@ -30,6 +31,18 @@ def model(digest: str = "d1") -> ServedModel:
     return ServedModel("scripted", digest, TOKENIZER, ChatTemplate(TEMPLATE, {}), SamplingDefaults(temperature=0.5))
 
 
+class WatchedMetrics(Metrics):
+    """Metrics that tell when a load report has arrived."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reports = Changes()
+
+    def set_worker_load(self, worker_id: str, role: str, load: worker_pb2.WatchLoadResponse) -> None:
+        super().set_worker_load(worker_id, role, load)
+        self.reports.announce()
+
+
 @dataclass
 class Scene:
     """A gateway and its workers, and a client of it."""
@@ -39,6 +52,7 @@ class Scene:
     gateway: Gateway
     stub: inference_pb2_grpc.InferenceServiceAsyncStub
     channel: grpc.aio.Channel
+    metrics: WatchedMetrics
 
     @property
     def prefill(self) -> ScriptedPrefill:
@@ -60,6 +74,13 @@ class Scene:
         wanted = {worker.worker_id for worker in workers}
         while not wanted <= {worker.worker_id for worker in self.gateway.workers._all if worker.alive}:
             await self.gateway.workers.changes.next()
+
+    async def reported(self, worker: ScriptedWorker, **load: Any) -> None:
+        """Tells a load, and waits until it has reached the gateway."""
+        worker.report(**load)
+        known = next(known for known in self.gateway.workers._all if known.target == worker.target)
+        while known.load != worker.load:
+            await self.metrics.reports.next()
 
     async def gone(self, worker: ScriptedWorker) -> None:
         """The gateway knows that nobody is at the worker's address."""
@@ -122,7 +143,7 @@ async def scene_of(
     prefills = [ScriptedPrefill(f"p{i}") for i in range(prefill)]
     decodes = [ScriptedDecode(f"d{i}") for i in range(decode)]
     async with AsyncExitStack() as stack:
-        draft = Scene(prefills, decodes, None, None, None)  # type: ignore[arg-type]
+        draft = Scene(prefills, decodes, None, None, None, WatchedMetrics())  # type: ignore[arg-type]
         if prepare is not None:
             prepare(draft)
         for worker in (*prefills, *decodes):
@@ -138,7 +159,7 @@ async def scene_of(
             transport=transport,
             auth=auth,
         )
-        draft.gateway = await stack.enter_async_context(Gateway(config, model(), Metrics()))
+        draft.gateway = await stack.enter_async_context(Gateway(config, model(), draft.metrics))
         await draft.gateway.ready()
         server = create_server()
         port = server.add_insecure_port("127.0.0.1:0")
