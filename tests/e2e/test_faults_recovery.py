@@ -115,6 +115,20 @@ async def test_decode_killed_again_and_again(service: Cluster) -> None:
     assert result.receipt.attempts > 2
 
 
+async def test_decode_told_to_stop_at_once(service: Cluster) -> None:
+    """SIGTERM with no time to drain: what runs goes on elsewhere."""
+    request = ask(prompt(30), max_tokens=MAX_TOKENS, temperature=1.0, seed=35)
+    undisturbed = await service.generate(request)
+    stream = Stream(service.stub.Generate(request))
+    await stream.until(20)
+    victim = await service.until(service.decode, running)
+    assert await victim.stop() == 0
+    result = await stream.rest()
+    assert result.outputs == undisturbed.outputs
+    assert result.receipt.attempts > 1
+    await victim.start()
+
+
 async def test_prefill_killed_in_mid_prefill(service: Cluster) -> None:
     request = ask(prompt(900), max_tokens=8, temperature=0.8, seed=41, prompt_logprobs=1)
     undisturbed = await service.generate(request)
