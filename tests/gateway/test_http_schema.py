@@ -191,6 +191,8 @@ def test_a_bad_chat_names_its_field(body: dict[str, Any], param: str) -> None:
     assert refusal(ChatRequest, body).param == param
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"text"', b'{"prompt":"\xff"}', b'{"prompt":NaN}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[1]", b'"text"', b'{"prompt":"\xff"}', b'{"prompt":NaN}', b"[" * 100_000]
+)
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
     assert refusal(CompletionRequest, body).code == "invalid_json"
