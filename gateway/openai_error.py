@@ -67,14 +67,18 @@ def bad_request(param: str | None, message: str, code: str = "invalid_value") ->
 def from_rpc(error: rpc.RpcError, field_names: Mapping[str, str] = MappingProxyType({})) -> OpenAIError:
     """The same failure over HTTP.
 
-    field_names: the request's names for fields of GenerateRequest, without their `sampling.` prefix, where they differ.
+    field_names: the request's names for fields of GenerateRequest, where they differ; the more specific first.
     """
     status = _STATUS.get(error.code, 500)
     param, message = error.field, error.message
     if param is not None:
-        param = param.removeprefix("sampling.")
-        param = field_names.get(param, param)
-        message = "; ".join(_descriptions(error, field_names))
+        param = _rename(param, field_names)
+        message = "; ".join(
+            f"{_rename(violation.field, field_names)}: {violation.description}"
+            for detail in error.details
+            if isinstance(detail, error_details_pb2.BadRequest)
+            for violation in detail.field_violations
+        )
     elif status == 404:
         param = "model"
     # the official clients retry every 5xx unless this header of theirs tells them what is retry-safe
@@ -92,11 +96,10 @@ def from_rpc(error: rpc.RpcError, field_names: Mapping[str, str] = MappingProxyT
     )
 
 
-def _descriptions(error: rpc.RpcError, field_names: Mapping[str, str]) -> list[str]:
-    found = []
-    for detail in error.details:
-        if isinstance(detail, error_details_pb2.BadRequest):
-            for violation in detail.field_violations:
-                name = violation.field.removeprefix("sampling.")
-                found.append(f"{field_names.get(name, name)}: {violation.description}")
-    return found
+def _rename(field: str, field_names: Mapping[str, str]) -> str:
+    """`sampling.` has no counterpart in OpenAI's flat requests; indices and what follows them stay."""
+    field = field.removeprefix("sampling.")
+    for ours, theirs in field_names.items():
+        if field == ours or field.startswith((f"{ours}.", f"{ours}[")):
+            return theirs + field[len(ours) :]
+    return field

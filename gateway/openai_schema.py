@@ -82,7 +82,7 @@ class StreamOptions(Schema):
 class OpenAIRequest(Schema):
     """What both kinds of requests have in common."""
 
-    # names of this API for fields of GenerateRequest, where they differ
+    # names of this API for fields of GenerateRequest, where they differ, the more specific first
     FIELD_NAMES: ClassVar[dict[str, str]] = {}
 
     model: str | None = None
@@ -191,7 +191,7 @@ def _prompt_list(value: Any) -> Any:
 class CompletionRequest(OpenAIRequest):
     """POST /v1/completions"""
 
-    FIELD_NAMES = {"text": "prompt", "token_ids": "prompt", "token_ids.ids": "prompt"}
+    FIELD_NAMES = {"text": "prompt", "token_ids.ids": "prompt", "token_ids": "prompt"}
 
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompt_list)]
     logprobs: Uint32 | None = None
@@ -259,7 +259,7 @@ class Message(Schema):
 class ChatRequest(OpenAIRequest):
     """POST /v1/chat/completions"""
 
-    FIELD_NAMES = {"prompt": "messages", "text": "messages", "logprobs": "top_logprobs"}
+    FIELD_NAMES = {"messages.messages": "messages", "prompt": "messages", "logprobs": "top_logprobs"}
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Uint32 | None = None

@@ -120,7 +120,9 @@ class Port:
     def __init__(self, access: Access) -> None:
         self.gateway = ScriptedGateway()
         app = create_app(self.gateway, access, max_body_bytes=MAX_BODY_BYTES)
-        self.server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error", timeout_graceful_shutdown=2))
+        self.server = uvicorn.Server(
+            uvicorn.Config(app, lifespan="off", log_level="error", timeout_graceful_shutdown=2)
+        )
         # connections wait in its backlog until the server is up
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
@@ -362,16 +364,26 @@ async def test_the_error_table(
 
 
 async def test_errors_name_the_parameter_as_the_client_wrote_it(client: openai.AsyncOpenAI, port: Port) -> None:
-    port.gateway.script = failing(rpc.invalid("sampling.logprobs", "too many", ("text", "too long")))
+    port.gateway.script = failing(
+        rpc.invalid("sampling.logprobs", "too many", ("messages.messages[1].role", "empty"), ("prompt", "too long"))
+    )
     with pytest.raises(openai.BadRequestError) as caught:
         await client.chat.completions.create(model="small", messages=HELLO)
     assert caught.value.param == "top_logprobs"
     assert caught.value.body == {
-        "message": "top_logprobs: too many; messages: too long",
+        "message": "top_logprobs: too many; messages[1].role: empty; messages: too long",
         "type": "invalid_request_error",
         "param": "top_logprobs",
         "code": "invalid_value",
     }
+
+
+@pytest.mark.parametrize("field", ["text", "token_ids", "token_ids.ids", "prompt"])
+async def test_a_prompt_is_called_prompt(client: openai.AsyncOpenAI, port: Port, field: str) -> None:
+    port.gateway.script = failing(rpc.invalid(f"{field}[3]", "outside the vocabulary"))
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.completions.create(model="small", prompt=[1, 2, 3, 4])
+    assert caught.value.param == "prompt[3]"
 
 
 async def test_one_of_several_prompts_fails(client: openai.AsyncOpenAI, port: Port) -> None:
@@ -390,14 +402,10 @@ async def test_one_of_several_prompts_fails(client: openai.AsyncOpenAI, port: Po
 async def test_a_failure_in_mid_stream_cannot_pass_for_the_end(client: openai.AsyncOpenAI, port: Port) -> None:
     port.gateway.script = failing(rpc.unavailable("the last worker died"), after=3)
     stream = await client.chat.completions.create(model="small", messages=HELLO, stream=True)
-    texts = []
-
-    async def read() -> None:
-        texts.extend([chunk.choices[0].delta.content async for chunk in stream])
-
-    with pytest.raises(openai.APIError, match="the last worker died") as caught:
-        await read()
+    texts = [(await anext(stream)).choices[0].delta.content for _ in range(3)]
     assert texts == ["word "] * 3
+    with pytest.raises(openai.APIError, match="the last worker died") as caught:
+        await anext(stream)
     assert caught.value.code == "unavailable"
 
 
