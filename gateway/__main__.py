@@ -46,6 +46,8 @@ def main() -> int:
     if arguments.die_with_parent:
         die_with_parent()
     configure_logs(arguments.config.log_level)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))  # until the event loop takes them over
     try:
         files = ModelStore().resolve(arguments.config.model, allow_pickle=arguments.config.allow_pickle)
         model = ServedModel.load(arguments.config.model_name, files)
@@ -83,10 +85,9 @@ async def serve(config: TandemConfig, model: ServedModel) -> None:
                 health_task.cancel()
                 await health.set(False)
                 await gateway.drain(config.drain_s)
+                await gateway.cancel()
                 web.should_exit = True
-                await web_task
-            await gateway.cancel()
-            await server.stop(_CLOSE_S)
+                await asyncio.gather(web_task, server.stop(_CLOSE_S))
 
 
 async def _unless(stop: asyncio.Event, work: Awaitable[None]) -> bool:
@@ -106,8 +107,10 @@ async def _unless(stop: asyncio.Event, work: Awaitable[None]) -> bool:
 async def _keep_truthful(health: Health, gateway: Gateway) -> None:
     """Health follows the workers."""
     while True:
-        await health.set(gateway.serving)
-        await gateway.workers.changes.next()
+        serving = gateway.serving
+        await health.set(serving)
+        if serving == gateway.serving:  # it may have changed in the meantime
+            await gateway.workers.changes.next()
 
 
 class _WebServer(uvicorn.Server):

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 # How often a worker that failed, and still counts as alive, is tried again while there is no other.
 _AGAIN_S = 0.25
+# By so much may the clocks of a client's deadline and of its budget here differ.
+_SAME_MOMENT_S = 0.02
 
 
 class Request:
@@ -55,10 +57,12 @@ class Request:
         except TimeoutError:
             self._record.fail(self._job.budget.spent(self._journal.stage))
         except asyncio.CancelledError:
-            self._record.fail(RpcError(grpc.StatusCode.CANCELLED, "the request was cancelled"))
+            self._record.fail(self._left())
             raise
         except RpcError as error:
-            self._record.fail(error)
+            # a worker's own clock may be the first to see the end of the budget
+            late = error.code == grpc.StatusCode.DEADLINE_EXCEEDED
+            self._record.fail(self._job.budget.spent(self._journal.stage) if late else error)
         except Exception as error:
             self._record.fail(internal(error))
         finally:
@@ -127,6 +131,12 @@ class Request:
             self._record.finish(self._journal.last_message(self._record.outputs))
         else:
             self._record.notify()
+
+    def _left(self) -> RpcError:
+        """Why nobody waits any more: the client's own deadline ends its call when the budget ends."""
+        if self._job.budget.left_s < _SAME_MOMENT_S:
+            return self._job.budget.spent(self._journal.stage)
+        return RpcError(grpc.StatusCode.CANCELLED, "the request was cancelled")
 
     def _report(self, admitted: bool) -> None:
         error, last = self._record.error, self._record.last

@@ -356,8 +356,7 @@ async def test_late_messages_of_an_older_attempt_are_dropped() -> None:
             yield conversation.imported()
             yield conversation.tokens(conversation.histories(), 99)
 
-        scene.prefills[0].script = failing
-        once(scene.prefills[1], failing)
+        scene.prefill.script = failing
         scene.decode.script = late
         collected = await scene.collect(request())
         assert collected.token_ids[0] == expected_tokens(PROMPT, 6)
