@@ -82,7 +82,7 @@ class ChatTemplate:
             raise
         except jinja2.TemplateError as error:
             raise ChatTemplateError(error.message or type(error).__name__) from error
-        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError) as error:
             # what the template's own expressions raise on messages it does not expect
             raise ChatTemplateError(f"the model's chat template cannot render these messages: {error}") from error
         return "".join(pieces)
