@@ -57,7 +57,7 @@ async def test_two_hundred_requests_a_third_cancelled(default_model: Path) -> No
     async with Cluster(model=str(default_model)) as cluster:
         expected = {n: await cluster.generate(mixed(n)) for n in rng.sample(sorted(set(numbers) - cancelled), 12)}
         await cluster.settled()
-        before = cluster.resources()
+        before = await cluster.resources()
         tasks = {
             n: asyncio.create_task(
                 cancel_somewhere(cluster, mixed(n), rng) if n in cancelled else cluster.generate(mixed(n))
@@ -71,4 +71,4 @@ async def test_two_hundred_requests_a_third_cancelled(default_model: Path) -> No
             if number in expected:
                 assert result.outputs == expected[number].outputs
         await cluster.settled()
-        assert cluster.resources() == before
+        assert await cluster.resources() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tandem.v1 import inference_pb2, types_pb2
 from tests.cluster import Cluster, Result
 from tests.e2e import prompts
 
-MAX_TOKENS = 24
+MAX_TOKENS = 20
 
 
 def sampled(request: inference_pb2.GenerateRequest, number: int) -> inference_pb2.GenerateRequest:
@@ -31,14 +32,19 @@ def sampled(request: inference_pb2.GenerateRequest, number: int) -> inference_pb
     return request
 
 
-def workload() -> list[inference_pb2.GenerateRequest]:
-    """32 requests: texts, chats and block edges; the longest has 120 tokens."""
+def workload(vocab_size: int) -> list[inference_pb2.GenerateRequest]:
+    """32 requests: texts, chats and block edges; the longest has some hundred tokens."""
     chosen = [r for r in prompts.requests() if len(r.token_ids.ids) < 1500]
     extra = [
         inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=prompts.token_ids(length, seed=8)))
         for length in (48, 64)
     ]
-    return [sampled(request, number) for number, request in enumerate([*chosen, *extra])][:32]
+    requests = [sampled(request, number) for number, request in enumerate([*chosen, *extra])][:32]
+    for request in requests:
+        if request.token_ids.ids:
+            ids = [token % vocab_size for token in request.token_ids.ids]
+            request.token_ids.CopyFrom(inference_pb2.TokenIds(ids=ids))
+    return requests
 
 
 @dataclass(frozen=True)
@@ -83,33 +89,84 @@ CASES = (
 )
 
 
+# these change the shapes of the arithmetic; the others are checked in one element type
+IN_BOTH_TYPES = ("among 32 neighbours", "chunk 16", "preempted by swap")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model and element type, and what it answers when each request is asked alone, nothing cached."""
+
+    folder: Path
+    dtype: str
+    requests: list[inference_pb2.GenerateRequest]
+    expected: list[Result]
+
+    @classmethod
+    async def measure(cls, folder: Path, dtype: str) -> Served:
+        settings = {"dtype": dtype, "prefill.prefix_cache": False, "decode.prefix_cache": False}
+        async with Cluster(model=str(folder), settings=settings) as cluster:
+            [model] = (await cluster.stub.ListModels(inference_pb2.ListModelsRequest())).models
+            requests = workload(model.vocab_size)
+            return cls(folder, dtype, requests, [await cluster.generate(request) for request in requests])
+
+    async def check(self, case: Case) -> None:
+        """Asks everything at once, in the surroundings of the case."""
+        settings = {"dtype": self.dtype, **dict(case.settings)}
+        async with Cluster(
+            model=str(self.folder), prefill=case.prefill, decode=case.decode, settings=settings
+        ) as cluster:
+            for round_number in range(case.repeat):
+                order = list(range(len(self.requests)))
+                random.Random(case.name).shuffle(order)
+                answers = await asyncio.gather(*(cluster.generate(self.requests[i]) for i in order))
+                results = dict(zip(order, answers, strict=True))
+                for number, expected in enumerate(self.expected):
+                    assert results[number].outputs == expected.outputs, f"{number} differs: {self.requests[number]}"
+                if case.caches and round_number:
+                    for result in results.values():
+                        # the last token is always computed: its logits are wanted
+                        assert result.usage.cached_tokens >= (result.usage.prompt_tokens - 1) // 16 * 16
+            if case.preempts:
+                assert sum(result.receipt.preemptions for result in results.values()) > 0
+            if case.name == "inline transport":
+                assert all(r.receipt.transport == types_pb2.TRANSPORT_INLINE for r in results.values())
+            await cluster.settled()
+
+
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
-async def alone(request: pytest.FixtureRequest, default_model: Path) -> tuple[str, list[Result]]:
-    """Each request asked alone, one after the other, nothing cached."""
-    settings = {"dtype": request.param, "prefill.prefix_cache": False, "decode.prefix_cache": False}
-    async with Cluster(model=str(default_model), settings=settings) as cluster:
-        return request.param, [await cluster.generate(r) for r in workload()]
+async def tiny(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Served:
+    """A model whose attention has a sliding window, the kind that chunks and caches break first."""
+    return await Served.measure(tiny_model("mistral"), request.param)
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+async def real(request: pytest.FixtureRequest, default_model: Path) -> Served:
+    return await Served.measure(default_model, request.param)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-async def test_same_bits(case: Case, alone: tuple[str, list[Result]], default_model: Path) -> None:
-    dtype, expected = alone
-    if dtype == "float32" and case.name not in ("among 32 neighbours", "chunk 16", "preempted by swap"):
-        pytest.skip("float32 runs the cases that change the shapes of the arithmetic; bfloat16 runs them all")
-    settings = {"dtype": dtype, **dict(case.settings)}
-    async with Cluster(
-        model=str(default_model), prefill=case.prefill, decode=case.decode, settings=settings
-    ) as cluster:
-        for round_number in range(case.repeat):
-            requests = workload()
-            random.Random(case.name).shuffle(order := list(range(len(requests))))
-            results = dict(
-                zip(order, await asyncio.gather(*(cluster.generate(requests[i]) for i in order)), strict=True)
-            )
-            for number, result in enumerate(expected):
-                assert results[number].outputs == result.outputs, f"request {number} differs: {requests[number]}"
-            if case.caches and round_number:
-                assert all(r.usage.cached_tokens >= r.usage.prompt_tokens // 16 * 16 - 16 for r in results.values())
-        if case.preempts:
-            assert sum(r.receipt.preemptions for r in results.values()) > 0
-        await cluster.settled()
+async def test_tiny_model(case: Case, tiny: Served) -> None:
+    if tiny.dtype == "float32" and case.name not in IN_BOTH_TYPES:
+        pytest.skip("float32 runs the cases that change the shapes of the arithmetic")
+    await tiny.check(case)
+
+
+async def test_default_model(default_model: Path) -> None:
+    """Small chunks, two workers of each kind and preemption, all at once, on the model that `make serve` serves."""
+    case = Case(
+        "all at once",
+        prefill=2,
+        decode=2,
+        settings=(("prefill.chunk_tokens", 16), ("prefill.batch_tokens", 48), ("decode.num_blocks", 40)),
+        preempts=True,
+    )
+    await (await Served.measure(default_model, "bfloat16")).check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+async def test_default_model_every_case(case: Case, real: Served) -> None:
+    if real.dtype == "float32" and case.name not in IN_BOTH_TYPES:
+        pytest.skip("float32 runs the cases that change the shapes of the arithmetic")
+    await real.check(case)
