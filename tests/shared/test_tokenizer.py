@@ -48,7 +48,7 @@ def pieces(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_random_ids_add_up_to_the_full_decode(kind: str, data: st.DataObject) -> None:
     # some ids are beyond the vocabulary: models are padded, and a random one picks those rows too
@@ -58,7 +58,7 @@ def test_random_ids_add_up_to_the_full_decode(kind: str, data: st.DataObject) ->
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece_like"])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=30))
 def test_any_text_comes_back_without_a_broken_character(kind: str, text: str) -> None:
     tokenizer = BACKENDS[kind]
