@@ -11,6 +11,8 @@ Labels take values from closed sets only (served models, RPC methods, codes, wor
 
 from __future__ import annotations
 
+import asyncio
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from tandem.v1 import types_pb2, worker_pb2
@@ -55,6 +57,7 @@ class Metrics:
         self._http = counter("http_requests", "HTTP requests answered, by route and status", "route", "status")
         self._running = gauge("requests_running", "requests in progress")
         self._queued = gauge("requests_queued", "requests waiting for admission")
+        gauge("tasks", "asyncio tasks of the gateway").set_function(_num_tasks)
 
         self._first_token = histogram(
             "time_to_first_token_seconds", "from arrival to the first token", _FIRST_TOKEN_BUCKETS
@@ -159,3 +162,11 @@ def transport_name(transport: types_pb2.Transport.ValueType) -> str:
     """The short name of a transport: "shared_memory", "inline" and so on; "none" when nothing was handed over."""
     name = types_pb2.Transport.Name(transport).removeprefix("TRANSPORT_").lower()
     return "none" if name == "unspecified" else name
+
+
+def _num_tasks() -> int:
+    """Of the running event loop, which is where /metrics is rendered; 0 without one."""
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:
+        return 0

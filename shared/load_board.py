@@ -58,7 +58,9 @@ class LoadBoard:
         try:
             while True:
                 changed.clear()
-                yield worker_pb2.WatchLoadResponse(**self._load._asdict(), draining=self._draining)
+                yield worker_pb2.WatchLoadResponse(
+                    **self._load._asdict(), draining=self._draining, tasks=len(asyncio.all_tasks())
+                )
                 await asyncio.sleep(interval_s)
                 await changed.wait()
         finally:

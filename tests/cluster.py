@@ -13,12 +13,14 @@ worker.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import grpc
+import httpx
 from tandem.v1 import inference_pb2, inference_pb2_grpc, types_pb2, worker_pb2, worker_pb2_grpc
 
 from cli.supervisor import Member, Supervisor
@@ -85,7 +87,7 @@ class Resources:
     """What a process holds; equal before and after, or something leaked."""
 
     sockets_and_files: int
-    threads: int
+    tasks: int
     allocated_blocks: int
     exports: int
 
@@ -290,12 +292,30 @@ class Cluster:
         """What each living process holds, by member name."""
         found = {}
         for member in self.members:
+            # the gateway's own number of tasks is among its metrics
             load = await self.load(member) if member is not self.gateway else worker_pb2.WatchLoadResponse()
-            process = Path(f"/proc/{member.pid}")
+            tasks = load.tasks or int(await self.metric("tandem_tasks"))
             found[member.name] = Resources(
-                sockets_and_files=len(list((process / "fd").iterdir())),
-                threads=len(list((process / "task").iterdir())),
+                sockets_and_files=len(os.listdir(f"/proc/{member.pid}/fd")),
+                tasks=tasks,
                 allocated_blocks=load.allocated_blocks,
                 exports=load.exports,
             )
         return found
+
+    async def back_to(self, before: dict[str, Resources]) -> None:
+        """Returns once every process holds what it held before: what a stream's end gives back takes a moment."""
+        now = await self.resources()
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                while now != before:
+                    now = await self.resources()
+        except TimeoutError:
+            raise AssertionError(f"not given back after {SETTLE_S} s:\nbefore {before}\nnow    {now}") from None
+
+    async def metric(self, name: str) -> float:
+        """The value of a metric of the gateway that has no labels."""
+        async with httpx.AsyncClient() as client:
+            text = (await client.get(f"{self.http_url}/metrics")).text
+        [line] = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+        return float(line.split()[1])

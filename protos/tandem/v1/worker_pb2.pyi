@@ -235,6 +235,7 @@ class WatchLoadResponse(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     EXPORTS_FIELD_NUMBER: _builtins.int
     ALLOCATED_BLOCKS_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """requests that hold blocks"""
     waiting: _builtins.int
@@ -253,6 +254,8 @@ class WatchLoadResponse(_message.Message):
     """prefill: live exports"""
     allocated_blocks: _builtins.int
     """blocks held by requests"""
+    tasks: _builtins.int
+    """asyncio tasks of the process; the same again when the same load is there again"""
     def __init__(
         self,
         *,
@@ -265,10 +268,11 @@ class WatchLoadResponse(_message.Message):
         steps: _builtins.int = ...,
         exports: _builtins.int = ...,
         allocated_blocks: _builtins.int = ...,
+        tasks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated_blocks", b"allocated_blocks", "draining", b"draining", "exports", b"exports", "free_blocks", b"free_blocks", "queued_tokens", b"queued_tokens", "running", b"running", "steps", b"steps", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated_blocks", b"allocated_blocks", "draining", b"draining", "exports", b"exports", "free_blocks", b"free_blocks", "queued_tokens", b"queued_tokens", "running", b"running", "steps", b"steps", "tasks", b"tasks", "total_blocks", b"total_blocks", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
