@@ -23,10 +23,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.metrics import CONTENT_TYPE
+from gateway.openai_chat import ChatRequest
+from gateway.openai_completion import CompletionRequest
 from gateway.openai_endpoint import Backend, GenerationEndpoint, error_response, json_response
 from gateway.openai_error import OpenAIError, from_rpc
 from gateway.openai_reply import ChatFormat, CompletionFormat, model_object
-from gateway.openai_schema import ChatRequest, CompletionRequest
 from shared import rpc
 from shared.auth import Access
 

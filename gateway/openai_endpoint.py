@@ -16,9 +16,10 @@ from tandem.v1 import inference_pb2
 from gateway.merged_stream import MergedStream
 from gateway.metrics import Metrics
 from gateway.openai_answer import Answer, Batch, dump, event
+from gateway.openai_completion import CompletionRequest
 from gateway.openai_error import OpenAIError, from_rpc
 from gateway.openai_reply import Envelope, Format
-from gateway.openai_schema import CompletionRequest, OpenAIRequest
+from gateway.openai_schema import OpenAIRequest
 from shared import rpc
 from shared.auth import Access
 from shared.config import ApiKey

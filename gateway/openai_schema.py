@@ -10,14 +10,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from tandem.v1 import inference_pb2, types_pb2
 
 from gateway.openai_error import OpenAIError, bad_request
-
-MAX_PROMPTS = 256
-COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens, for completions only
 
 # Fields without an influence on the tokens. Any value passes.
 IGNORED = frozenset(
@@ -138,7 +135,7 @@ class OpenAIRequest(Schema):
     def to_protos(self) -> list[inference_pb2.GenerateRequest]:
         """The requests that this one stands for. Raises OpenAIError 400 for what is understood but not supported."""
 
-    def _sampling(self, max_tokens: int | None, logprobs: int | None) -> types_pb2.SamplingParams:
+    def sampling(self, max_tokens: int | None, logprobs: int | None) -> types_pb2.SamplingParams:
         """Everything that was given; the gateway resolves what was not."""
         return types_pb2.SamplingParams(
             max_tokens=max_tokens,
@@ -160,7 +157,7 @@ class OpenAIRequest(Schema):
             logprobs=logprobs,
         )
 
-    def _request(self, sampling: types_pb2.SamplingParams, **prompt: Any) -> inference_pb2.GenerateRequest:
+    def request(self, sampling: types_pb2.SamplingParams, **prompt: Any) -> inference_pb2.GenerateRequest:
         return inference_pb2.GenerateRequest(
             model=self.model or "",
             sampling=sampling,
@@ -168,114 +165,6 @@ class OpenAIRequest(Schema):
             cache_salt=self.cache_salt or "",
             **prompt,
         )
-
-
-def _prompt_list(value: Any) -> Any:
-    """A text, token ids, or a list of either, as a list of prompts."""
-    if isinstance(value, str) or (isinstance(value, list) and any(type(item) is int for item in value)):
-        value = [value]
-    if not isinstance(value, list) or not value:
-        raise ValueError("must be a text, token ids, or a list of either")
-    if len(value) > MAX_PROMPTS:
-        raise ValueError(f"at most {MAX_PROMPTS} prompts, got {len(value)}")
-    for prompt in value:
-        # ids are range-checked here, not by a union whose messages would speak of text
-        if isinstance(prompt, list):
-            if not prompt or not all(type(item) is int and 0 <= item < 2**32 for item in prompt):
-                raise ValueError("token ids must be whole numbers of 0 or more, at least one")
-        elif not isinstance(prompt, str):
-            raise ValueError("must be a text, token ids, or a list of either")
-    return value
-
-
-class CompletionRequest(OpenAIRequest):
-    """POST /v1/completions"""
-
-    FIELD_NAMES = {"text": "prompt", "token_ids.ids": "prompt", "token_ids": "prompt"}
-
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompt_list)]
-    logprobs: Uint32 | None = None
-    echo: bool | None = None
-    best_of: Uint32 | None = None
-
-    def to_protos(self) -> list[inference_pb2.GenerateRequest]:
-        """One request for each prompt."""
-        if self.best_of not in (None, self.num_outputs):
-            raise bad_request("best_of", "best_of: only best_of = n is supported", "unsupported_parameter")
-        if self.echo and self.logprobs is not None:
-            raise bad_request("echo", "echo: not supported together with logprobs", "unsupported_parameter")
-        max_tokens = COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
-        sampling = self._sampling(max_tokens, self.logprobs)
-        return [
-            self._request(sampling, text=prompt)
-            if isinstance(prompt, str)
-            else self._request(sampling, token_ids=inference_pb2.TokenIds(ids=prompt))
-            for prompt in self.prompt
-        ]
-
-
-def _part_list(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class ContentPart(Schema):
-    model_config = ConfigDict(extra="ignore")
-
-    type: str
-    text: str | None = None
-
-
-class Message(Schema):
-    """One turn. Clients send back what they were answered, so null fields of answers are understood too."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    role: str
-    content: Annotated[list[ContentPart] | None, BeforeValidator(_part_list)] = None
-    tool_calls: list[Any] | None = None
-    function_call: Any = None
-    tool_call_id: str | None = None
-    audio: Any = None
-
-    def to_proto(self, index: int) -> inference_pb2.ChatMessage:
-        for name in ("tool_calls", "function_call", "tool_call_id", "audio"):
-            if getattr(self, name):
-                param = f"messages[{index}].{name}"
-                raise bad_request(param, f"{param}: not supported by this server", "unsupported_parameter")
-        # OpenAI's newer name of the system role, which no chat template knows
-        role = "system" if self.role == "developer" else self.role
-        return inference_pb2.ChatMessage(role=role, content=self._text(index))
-
-    def _text(self, index: int) -> str:
-        texts = []
-        for i, part in enumerate(self.content or ()):
-            if part.type != "text" or part.text is None:
-                param = f"messages[{index}].content[{i}]"
-                raise bad_request(param, f"{param}: only parts of type text are supported, got {part.type!r}")
-            texts.append(part.text)
-        return "\n".join(texts)
-
-
-class ChatRequest(OpenAIRequest):
-    """POST /v1/chat/completions"""
-
-    FIELD_NAMES = {"messages.messages": "messages", "prompt": "messages", "logprobs": "top_logprobs"}
-
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Uint32 | None = None
-    logprobs: bool | None = None
-    top_logprobs: Uint32 | None = None
-
-    def to_protos(self) -> list[inference_pb2.GenerateRequest]:
-        """The one request."""
-        if self.top_logprobs is not None and not self.logprobs:
-            raise bad_request("top_logprobs", "top_logprobs: needs logprobs: true")
-        limits = {limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None}
-        if len(limits) > 1:
-            raise bad_request("max_tokens", "max_tokens: differs from max_completion_tokens; give one of them")
-        sampling = self._sampling(limits.pop() if limits else None, (self.top_logprobs or 0) if self.logprobs else None)
-        messages = [message.to_proto(i) for i, message in enumerate(self.messages)]
-        return [self._request(sampling, messages=inference_pb2.ChatMessages(messages=messages))]
 
 
 def _refusal(error: ValidationError) -> OpenAIError:

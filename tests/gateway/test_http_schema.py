@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from tandem.v1 import inference_pb2, types_pb2
 
+from gateway.openai_chat import ChatRequest
+from gateway.openai_completion import MAX_PROMPTS, CompletionRequest
 from gateway.openai_error import OpenAIError
-from gateway.openai_schema import IGNORED, MAX_PROMPTS, NEUTRAL, ChatRequest, CompletionRequest, OpenAIRequest
+from gateway.openai_schema import IGNORED, NEUTRAL, OpenAIRequest
 
 HELLO = [{"role": "user", "content": "hello"}]
 
