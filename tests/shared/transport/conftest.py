@@ -32,16 +32,22 @@ def layout() -> KvLayout:
 
 
 @pytest.fixture
-def held() -> Callable[[], tuple[list[str], int]]:
+def held() -> Callable[[], tuple[set[str], int]]:
     """What this process holds: its open files, and how many pools are mapped into it."""
 
-    def held() -> tuple[list[str], int]:
-        files = []
+    def files() -> set[str]:
+        found = set()
         for fd in os.listdir("/proc/self/fd"):
             with suppress(FileNotFoundError):  # the listing's own
-                files.append(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
+                found.add(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
+        return found
+
+    def held() -> tuple[set[str], int]:
+        seen = files()
+        while seen != (again := files()):  # another thread opens or closes something right now
+            seen = again
         maps = Path("/proc/self/maps").read_text().splitlines()
-        return sorted(files), sum("tandem-kv" in line for line in maps)
+        return seen, sum("tandem-kv" in line for line in maps)
 
     return held
 

