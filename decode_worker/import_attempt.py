@@ -54,9 +54,14 @@ class ImportAttempt:
     async def _run(self, done: Callable[[], None], failed: Callable[[Exception], None]) -> None:
         try:
             blocks = await asyncio.shield(self._blocks)
+            last: kv_pb2.KvExtent | None = None
             while (extent := await self._extents.get()) is not None:
                 first = extent.first_token // self._block_tokens
                 self._note(await self._importer.copy(extent, blocks[first : first + len(extent.block_ids)]))
+                last = extent
+            if last is not None:
+                # were the export over already, its blocks might have been filled anew under the copy
+                await self._importer.confirm(last)
         except Exception as error:
             failed(error)
         else:

@@ -49,7 +49,11 @@ class DecodeRole(decode_pb2_grpc.DecodeServiceServicer):
         site = self._site
         self._thread = thread
         self._importer = Importer(
-            site.engine.plan.layout, site.memory.buffer, worker_id=site.worker_id, config=site.config.transport
+            site.engine.plan.layout,
+            site.memory.buffer,
+            worker_id=site.worker_id,
+            config=site.config.transport,
+            key=site.config.auth.cluster_key,
         )
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)
 

@@ -55,7 +55,7 @@ class DecodeStream:
                 raise invalid("event", "no more messages follow, and begin was not among them")
         except RpcError as error:
             self.outbox.fail(error)
-        except grpc.aio.UsageError:
+        except (grpc.aio.UsageError, grpc.aio.AbortError):
             pass  # the call is over
         except Exception as error:
             self.outbox.fail(internal(error))

@@ -118,6 +118,11 @@ class Engine:
         for source, target in zip(sources, targets, strict=True):
             self.kv.pool[target].copy_(self.kv.pool[source])
 
+    def close(self) -> None:
+        """Lets go of the weights and the pool; no forward can follow."""
+        self._decoder.close()
+        self.kv.close()
+
     def _run(self, batch: RaggedBatch) -> Tensor:
         return self._decoder.forward(batch.to(self.plan.device), self.kv)
 

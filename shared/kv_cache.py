@@ -111,3 +111,8 @@ class KvCache:
     def block(self, index: int) -> Tensor:
         """The bytes of a block: uint8 [block_bytes], a view. IndexError for a block that is not in the pool."""
         return self._bytes[index]
+
+    def close(self) -> None:
+        """Lets go of the pool's memory, which is given back with the last view of it."""
+        self._layers.clear()
+        self.pool = self._bytes = torch.empty(0)

@@ -138,6 +138,7 @@ class WorkerServer:
         await self._server.stop(0.1)
         await self._role.close()
         await self._thread.stop()
+        self._site.engine.close()
         self._site.memory.close()
 
     async def _serve(self) -> None:

@@ -170,8 +170,11 @@ class Exporter(kv_pb2_grpc.KvServiceServicer):
     ) -> AsyncIterator[kv_pb2.FetchResponse]:
         if request.epoch != self.epoch:
             raise stale(f"epoch {request.epoch} of the pool is over; it is {self.epoch} now")
-        check_blocks("block_ids", request.block_ids, self.num_blocks)
         export = self._exports.get(request.export_id)
+        if not request.block_ids:
+            self._check_open(request.export_id, export)
+            return
+        check_blocks("block_ids", request.block_ids, self.num_blocks)
         if export is not None and not export.issuperset(request.block_ids):
             raise invalid("block_ids", "not all of them belong to the export")
         pieces: list[memoryview] = []
@@ -198,9 +201,12 @@ class Exporter(kv_pb2_grpc.KvServiceServicer):
 
     def _chunk(self, export_id: str, export: set[int] | None, pieces: list[memoryview]) -> kv_pb2.FetchResponse:
         # looked up anew for each chunk: once the export is closed its blocks may hold another request's tokens
+        self._check_open(export_id, export)
+        return kv_pb2.FetchResponse(data=b"".join(pieces))
+
+    def _check_open(self, export_id: str, export: set[int] | None) -> None:
         if export is None or self._exports.get(export_id) is not export:
             raise stale(f"export {export_id[:200]!r} has ended")
-        return kv_pb2.FetchResponse(data=b"".join(pieces))
 
     def _pieces(self, block_ids: Sequence[int]) -> list[memoryview]:
         """The bytes of blocks, neighbours in one piece."""

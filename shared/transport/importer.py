@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import numpy as np
+from pydantic import SecretStr
 from tandem.v1 import kv_pb2, kv_pb2_grpc, types_pb2
 
 from shared.config import TransportConfig
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from shared.kv_cache import KvLayout
 
 COPY_THREADS = 2
+CONFIRM_TIMEOUT_S = 10.0
 MAX_PAIRS = 256
 
 
@@ -49,8 +51,15 @@ class Importer:
     """Copies blocks of other workers' pools into `buffer`, this worker's pool: writable, whole blocks of the layout."""
 
     def __init__(
-        self, layout: KvLayout, buffer: memoryview | bytearray, *, worker_id: str, config: TransportConfig
+        self,
+        layout: KvLayout,
+        buffer: memoryview | bytearray,
+        *,
+        worker_id: str,
+        config: TransportConfig,
+        key: SecretStr | None = None,
     ) -> None:
+        """key: the cluster's, if prefill workers ask for one."""
         self._layout = layout
         self._bytes = np.frombuffer(buffer, dtype=np.uint8)  # keeps the buffer in place
         self._view = memoryview(buffer).cast("B")
@@ -58,6 +67,7 @@ class Importer:
         self.num_blocks = self._bytes.size // layout.block_bytes
         self._worker_id = worker_id
         self._config = config
+        self._key = key
         self._threads = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="kv-copy")
         self._pairs: dict[str, Pair] = {}  # by endpoint, the least recently made first
         self._retired: set[Pair] = set()
@@ -113,6 +123,25 @@ class Importer:
         num_bytes = len(dst_blocks) * self._layout.block_bytes
         return CopyResult(num_bytes, time.perf_counter() - begin, pair.transport)
 
+    async def confirm(self, extent: kv_pb2.KvExtent) -> None:
+        """Raises ABORTED unless the extent's export is still open: only then is what was copied from it surely its own.
+
+        A mapped pool shows no end of an export, after which its blocks may have been filled anew under the copy.
+        Raises UNAVAILABLE if the peer is gone.
+        """
+        pair = self._pairs.get(extent.kv_endpoint)
+        if pair is None or pair.epoch != extent.epoch:
+            raise stale(f"epoch {extent.epoch} of the pool of {extent.kv_endpoint} is over")
+        if pair.mapping is None:  # every chunk of Fetch was checked
+            return
+        request = kv_pb2.FetchRequest(export_id=extent.export_id, epoch=extent.epoch)
+        with pair.in_use():
+            try:
+                async for _ in kv_pb2_grpc.KvServiceStub(pair.channel).Fetch(request, timeout=CONFIRM_TIMEOUT_S):
+                    pass
+            except grpc.aio.AioRpcError as error:
+                raise from_grpc(error) from None
+
     async def close(self) -> None:
         """Ends every pair: unmaps pools and closes channels, once the copies that run are done.
 
@@ -124,10 +153,12 @@ class Importer:
             self._drop(pair)
         await asyncio.gather(*(pair.closed.wait() for pair in self._retired))
         self._threads.shutdown()
+        self._view.release()
+        self._bytes = np.empty(0, dtype=np.uint8)
 
     async def _connect(self, kv_endpoint: str) -> Pair:
         try:
-            pair = await shake_hands(kv_endpoint, self._layout, self._worker_id, self._config)
+            pair = await shake_hands(kv_endpoint, self._layout, self._worker_id, self._config, self._key)
             current = self._pairs.get(kv_endpoint)
             if current is not None and (current.epoch, current.transport) == (pair.epoch, pair.transport):
                 self._retire(pair)

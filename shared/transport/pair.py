@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import grpc
+from pydantic import SecretStr
 from tandem.v1 import kv_pb2, kv_pb2_grpc, types_pb2
 
+from shared.auth import send_key
 from shared.config import TransportConfig
 from shared.rpc import connect, from_grpc, mismatch, stale
 from shared.transport.mapping import Mapping
@@ -81,7 +83,9 @@ class Pair:
             self.closed.set()
 
 
-async def shake_hands(kv_endpoint: str, layout: KvLayout, worker_id: str, config: TransportConfig) -> Pair:
+async def shake_hands(
+    kv_endpoint: str, layout: KvLayout, worker_id: str, config: TransportConfig, key: SecretStr | None = None
+) -> Pair:
     """Agrees with the prefill worker at host:port on the best transport that both can use, having tried it.
 
     Raises FAILED_PRECONDITION naming the layout field that differs, or `transport.require` and why it cannot be met;
@@ -95,7 +99,7 @@ async def shake_hands(kv_endpoint: str, layout: KvLayout, worker_id: str, config
         refusals.append(refusal(SHARED_MEMORY, "the decode worker's transport.disable names it"))
     else:
         request.transports.insert(0, SHARED_MEMORY)
-    channel = connect(kv_endpoint)
+    channel = connect(kv_endpoint, interceptors=send_key(key))
     try:
         try:
             response = await kv_pb2_grpc.KvServiceStub(channel).Handshake(request, timeout=HANDSHAKE_TIMEOUT_S)

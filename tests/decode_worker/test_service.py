@@ -334,6 +334,28 @@ async def test_a_stale_epoch_is_aborted_unless_another_attempt_comes(prefill: Ch
     await clear(prefill, decode)
 
 
+async def test_blocks_of_an_ended_export_are_never_used(prefill: Channel, decode: Channel) -> None:
+    """Its blocks can still be read, and may by then hold another prompt."""
+    request = Request(prompt(50, 12), sampling())
+    source = PrefillCall(prefill, request)
+    await source.finish()
+    source.call.cancel()
+    await settled(prefill)
+    call = DecodeCall(decode, request)
+    await call.admit()
+    for extent in source.extents:
+        await call.import_blocks(1, extent)
+    await call.begin(1, source.first_tokens.tokens)
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await call.read()
+    assert error.value.code() == grpc.StatusCode.ABORTED
+    await settled(decode)
+    again = DecodeCall(decode, request)
+    assert (await again.admit()).held_tokens == 0
+    again.call.cancel()
+    await settled(decode)
+
+
 async def test_a_prefill_worker_that_cannot_be_reached_fails_the_stream(decode: Channel) -> None:
     call = DecodeCall(decode, Request(prompt(16, 11), sampling()))
     await call.admit()

@@ -3,19 +3,23 @@
 isort:skip_file
 The typed contract by which KV blocks leave a prefill worker."""
 
-from collections import abc as _abc
-from google.protobuf import descriptor as _descriptor
-from google.protobuf import message as _message
-from google.protobuf.internal import containers as _containers
-from tandem.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
+from collections import abc as _abc
+
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
+
+from tandem.v1 import types_pb2 as _types_pb2
 
 if sys.version_info >= (3, 11):
-    from typing import TypeAlias as _TypeAlias, Never as _Never
+    from typing import Never as _Never
+    from typing import TypeAlias as _TypeAlias
 else:
-    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
+    from typing import Never as _Never
+    from typing import TypeAlias as _TypeAlias
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -65,13 +69,13 @@ class KvLayout(_message.Message):
         order: _builtins.str = ...,
         digest: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "contract_version", b"contract_version", "digest", b"digest", "dtype", b"dtype", "head_dim", b"head_dim", "model_digest", b"model_digest", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "order", b"order"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "contract_version", b"contract_version", "digest", b"digest", "dtype", b"dtype", "head_dim", b"head_dim", "model_digest", b"model_digest", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "order", b"order"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___KvLayout: _TypeAlias = KvLayout  # noqa: Y015
+Global___KvLayout: _TypeAlias = KvLayout
 
 @_typing.final
 class HandshakeRequest(_message.Message):
@@ -103,13 +107,13 @@ class HandshakeRequest(_message.Message):
         host_id: _builtins.str = ...,
         transports: _abc.Iterable[_types_pb2.Transport.ValueType] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_id", b"host_id", "layout", b"layout", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_id", b"host_id", "layout", b"layout", "transports", b"transports", "worker_id", b"worker_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___HandshakeRequest: _TypeAlias = HandshakeRequest  # noqa: Y015
+Global___HandshakeRequest: _TypeAlias = HandshakeRequest
 
 @_typing.final
 class HandshakeResponse(_message.Message):
@@ -151,13 +155,13 @@ class HandshakeResponse(_message.Message):
         handles: _abc.Iterable[Global___KvHandle] | None = ...,
         refusals: _abc.Iterable[Global___TransportRefusal] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "handles", b"handles", "layout", b"layout", "num_blocks", b"num_blocks", "refusals", b"refusals", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "handles", b"handles", "layout", b"layout", "num_blocks", b"num_blocks", "refusals", b"refusals", "worker_id", b"worker_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___HandshakeResponse: _TypeAlias = HandshakeResponse  # noqa: Y015
+Global___HandshakeResponse: _TypeAlias = HandshakeResponse
 
 @_typing.final
 class TransportRefusal(_message.Message):
@@ -177,13 +181,13 @@ class TransportRefusal(_message.Message):
         transport: _types_pb2.Transport.ValueType = ...,
         reason: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "transport", b"transport"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___TransportRefusal: _TypeAlias = TransportRefusal  # noqa: Y015
+Global___TransportRefusal: _TypeAlias = TransportRefusal
 
 @_typing.final
 class KvHandle(_message.Message):
@@ -219,15 +223,15 @@ class KvHandle(_message.Message):
         nixl: Global___NixlHandle | None = ...,
         inline: Global___InlineHandle | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cuda_ipc", b"cuda_ipc", "inline", b"inline", "kind", b"kind", "nixl", b"nixl", "shared_memory", b"shared_memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cuda_ipc", b"cuda_ipc", "inline", b"inline", "kind", b"kind", "nixl", b"nixl", "shared_memory", b"shared_memory"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cuda_ipc", b"cuda_ipc", "inline", b"inline", "kind", b"kind", "nixl", b"nixl", "shared_memory", b"shared_memory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cuda_ipc", b"cuda_ipc", "inline", b"inline", "kind", b"kind", "nixl", b"nixl", "shared_memory", b"shared_memory"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["cuda_ipc", "shared_memory", "nixl", "inline"]  # noqa: Y015
-    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["cuda_ipc", "shared_memory", "nixl", "inline"]
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
-Global___KvHandle: _TypeAlias = KvHandle  # noqa: Y015
+Global___KvHandle: _TypeAlias = KvHandle
 
 @_typing.final
 class CudaIpcHandle(_message.Message):
@@ -255,13 +259,13 @@ class CudaIpcHandle(_message.Message):
         num_bytes: _builtins.int = ...,
         socket_path: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_uuid", b"device_uuid", "handle", b"handle", "num_bytes", b"num_bytes", "socket_path", b"socket_path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_uuid", b"device_uuid", "handle", b"handle", "num_bytes", b"num_bytes", "socket_path", b"socket_path"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CudaIpcHandle: _TypeAlias = CudaIpcHandle  # noqa: Y015
+Global___CudaIpcHandle: _TypeAlias = CudaIpcHandle
 
 @_typing.final
 class SharedMemoryHandle(_message.Message):
@@ -281,13 +285,13 @@ class SharedMemoryHandle(_message.Message):
         socket_path: _builtins.str = ...,
         num_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "socket_path", b"socket_path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "socket_path", b"socket_path"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SharedMemoryHandle: _TypeAlias = SharedMemoryHandle  # noqa: Y015
+Global___SharedMemoryHandle: _TypeAlias = SharedMemoryHandle
 
 @_typing.final
 class NixlHandle(_message.Message):
@@ -303,13 +307,13 @@ class NixlHandle(_message.Message):
         *,
         agent_metadata: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_metadata", b"agent_metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_metadata", b"agent_metadata"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___NixlHandle: _TypeAlias = NixlHandle  # noqa: Y015
+Global___NixlHandle: _TypeAlias = NixlHandle
 
 @_typing.final
 class InlineHandle(_message.Message):
@@ -325,13 +329,13 @@ class InlineHandle(_message.Message):
         *,
         chunk_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___InlineHandle: _TypeAlias = InlineHandle  # noqa: Y015
+Global___InlineHandle: _TypeAlias = InlineHandle
 
 @_typing.final
 class KvExtent(_message.Message):
@@ -377,15 +381,15 @@ class KvExtent(_message.Message):
         crc32: _builtins.int | None = ...,
         export_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "crc32", b"crc32"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "crc32", b"crc32"]
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "block_ids", b"block_ids", "crc32", b"crc32", "epoch", b"epoch", "export_id", b"export_id", "first_token", b"first_token", "kv_endpoint", b"kv_endpoint", "layout_digest", b"layout_digest", "num_tokens", b"num_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "block_ids", b"block_ids", "crc32", b"crc32", "epoch", b"epoch", "export_id", b"export_id", "first_token", b"first_token", "kv_endpoint", b"kv_endpoint", "layout_digest", b"layout_digest", "num_tokens", b"num_tokens"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__crc32: _TypeAlias = _typing.Literal["crc32"]  # noqa: Y015
-    _WhichOneofArgType__crc32: _TypeAlias = _typing.Literal["_crc32", b"_crc32"]  # noqa: Y015
+    _WhichOneofReturnType__crc32: _TypeAlias = _typing.Literal["crc32"]
+    _WhichOneofArgType__crc32: _TypeAlias = _typing.Literal["_crc32", b"_crc32"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType__crc32) -> _WhichOneofReturnType__crc32 | None: ...
 
-Global___KvExtent: _TypeAlias = KvExtent  # noqa: Y015
+Global___KvExtent: _TypeAlias = KvExtent
 
 @_typing.final
 class FetchRequest(_message.Message):
@@ -402,7 +406,7 @@ class FetchRequest(_message.Message):
     """of the pool; a stale one is ABORTED"""
     @_builtins.property
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """blocks of that export"""
+        """blocks of that export; none = only says, by its status, whether the export is live"""
 
     def __init__(
         self,
@@ -411,13 +415,13 @@ class FetchRequest(_message.Message):
         epoch: _builtins.int = ...,
         block_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "epoch", b"epoch", "export_id", b"export_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "epoch", b"epoch", "export_id", b"export_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
+Global___FetchRequest: _TypeAlias = FetchRequest
 
 @_typing.final
 class FetchResponse(_message.Message):
@@ -433,10 +437,10 @@ class FetchResponse(_message.Message):
         *,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___FetchResponse: _TypeAlias = FetchResponse  # noqa: Y015
+Global___FetchResponse: _TypeAlias = FetchResponse

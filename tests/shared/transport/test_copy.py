@@ -186,13 +186,13 @@ async def test_fetch_reads_live_exports_only(serve, stack):
     assert await fetch("x", [3, 1]) == served.block(3) + served.block(1)
     assert await fetch("x", [4]) == "INVALID_ARGUMENT"
     assert await fetch("x", [0]) == "INVALID_ARGUMENT"
-    assert await fetch("x", []) == "INVALID_ARGUMENT"
+    assert await fetch("x", []) == b""
     assert await fetch("x", [1, 1]) == "INVALID_ARGUMENT"
     assert await fetch("x", [2**32 - 1]) == "INVALID_ARGUMENT"
     assert await fetch("y", [1]) == "ABORTED"
     assert await fetch("x", [1], epoch ^ 1) == "ABORTED"
     served.exporter.close_export("x")
-    assert await fetch("x", [1]) == "ABORTED"
+    assert await fetch("x", [1]) == await fetch("x", []) == "ABORTED"
 
 
 async def test_no_byte_leaves_once_the_export_has_ended(serve, stack, layout):
