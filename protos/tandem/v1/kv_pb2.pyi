@@ -3,23 +3,19 @@
 isort:skip_file
 The typed contract by which KV blocks leave a prefill worker."""
 
-import builtins as _builtins
-import sys
-import typing as _typing
 from collections import abc as _abc
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
-
 from tandem.v1 import types_pb2 as _types_pb2
+import builtins as _builtins
+import sys
+import typing as _typing
 
 if sys.version_info >= (3, 11):
-    from typing import Never as _Never
-    from typing import TypeAlias as _TypeAlias
+    from typing import TypeAlias as _TypeAlias, Never as _Never
 else:
-    from typing import Never as _Never
-    from typing import TypeAlias as _TypeAlias
+    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -69,13 +65,13 @@ class KvLayout(_message.Message):
         order: _builtins.str = ...,
         digest: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "contract_version", b"contract_version", "digest", b"digest", "dtype", b"dtype", "head_dim", b"head_dim", "model_digest", b"model_digest", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "order", b"order"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "contract_version", b"contract_version", "digest", b"digest", "dtype", b"dtype", "head_dim", b"head_dim", "model_digest", b"model_digest", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "order", b"order"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___KvLayout: _TypeAlias = KvLayout
+Global___KvLayout: _TypeAlias = KvLayout  # noqa: Y015
 
 @_typing.final
 class HandshakeRequest(_message.Message):
@@ -107,13 +103,13 @@ class HandshakeRequest(_message.Message):
         host_id: _builtins.str = ...,
         transports: _abc.Iterable[_types_pb2.Transport.ValueType] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_id", b"host_id", "layout", b"layout", "transports", b"transports", "worker_id", b"worker_id"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_id", b"host_id", "layout", b"layout", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___HandshakeRequest: _TypeAlias = HandshakeRequest
+Global___HandshakeRequest: _TypeAlias = HandshakeRequest  # noqa: Y015
 
 @_typing.final
 class HandshakeResponse(_message.Message):
@@ -155,13 +151,13 @@ class HandshakeResponse(_message.Message):
         handles: _abc.Iterable[Global___KvHandle] | None = ...,
         refusals: _abc.Iterable[Global___TransportRefusal] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "handles", b"handles", "layout", b"layout", "num_blocks", b"num_blocks", "refusals", b"refusals", "worker_id", b"worker_id"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "handles", b"handles", "layout", b"layout", "num_blocks", b"num_blocks", "refusals", b"refusals", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___HandshakeResponse: _TypeAlias = HandshakeResponse
+Global___HandshakeResponse: _TypeAlias = HandshakeResponse  # noqa: Y015
 
 @_typing.final
 class TransportRefusal(_message.Message):
@@ -181,13 +177,13 @@ class TransportRefusal(_message.Message):
         transport: _types_pb2.Transport.ValueType = ...,
         reason: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "transport", b"transport"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___TransportRefusal: _TypeAlias = TransportRefusal
+Global___TransportRefusal: _TypeAlias = TransportRefusal  # noqa: Y015
 
 @_typing.final
 class KvHandle(_message.Message):
@@ -223,15 +219,15 @@ class KvHandle(_message.Message):
         nixl: Global___NixlHandle | None = ...,
         inline: Global___InlineHandle | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cuda_ipc", b"cuda_ipc", "inline", b"inline", "kind", b"kind", "nixl", b"nixl", "shared_memory", b"shared_memory"]
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cuda_ipc", b"cuda_ipc", "inline", b"inline", "kind", b"kind", "nixl", b"nixl", "shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cuda_ipc", b"cuda_ipc", "inline", b"inline", "kind", b"kind", "nixl", b"nixl", "shared_memory", b"shared_memory"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cuda_ipc", b"cuda_ipc", "inline", b"inline", "kind", b"kind", "nixl", b"nixl", "shared_memory", b"shared_memory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["cuda_ipc", "shared_memory", "nixl", "inline"]
-    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["cuda_ipc", "shared_memory", "nixl", "inline"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
-Global___KvHandle: _TypeAlias = KvHandle
+Global___KvHandle: _TypeAlias = KvHandle  # noqa: Y015
 
 @_typing.final
 class CudaIpcHandle(_message.Message):
@@ -259,13 +255,13 @@ class CudaIpcHandle(_message.Message):
         num_bytes: _builtins.int = ...,
         socket_path: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_uuid", b"device_uuid", "handle", b"handle", "num_bytes", b"num_bytes", "socket_path", b"socket_path"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_uuid", b"device_uuid", "handle", b"handle", "num_bytes", b"num_bytes", "socket_path", b"socket_path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CudaIpcHandle: _TypeAlias = CudaIpcHandle
+Global___CudaIpcHandle: _TypeAlias = CudaIpcHandle  # noqa: Y015
 
 @_typing.final
 class SharedMemoryHandle(_message.Message):
@@ -285,13 +281,13 @@ class SharedMemoryHandle(_message.Message):
         socket_path: _builtins.str = ...,
         num_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "socket_path", b"socket_path"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "socket_path", b"socket_path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SharedMemoryHandle: _TypeAlias = SharedMemoryHandle
+Global___SharedMemoryHandle: _TypeAlias = SharedMemoryHandle  # noqa: Y015
 
 @_typing.final
 class NixlHandle(_message.Message):
@@ -307,13 +303,13 @@ class NixlHandle(_message.Message):
         *,
         agent_metadata: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_metadata", b"agent_metadata"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_metadata", b"agent_metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___NixlHandle: _TypeAlias = NixlHandle
+Global___NixlHandle: _TypeAlias = NixlHandle  # noqa: Y015
 
 @_typing.final
 class InlineHandle(_message.Message):
@@ -329,13 +325,13 @@ class InlineHandle(_message.Message):
         *,
         chunk_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___InlineHandle: _TypeAlias = InlineHandle
+Global___InlineHandle: _TypeAlias = InlineHandle  # noqa: Y015
 
 @_typing.final
 class KvExtent(_message.Message):
@@ -381,15 +377,15 @@ class KvExtent(_message.Message):
         crc32: _builtins.int | None = ...,
         export_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "crc32", b"crc32"]
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "crc32", b"crc32"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "block_ids", b"block_ids", "crc32", b"crc32", "epoch", b"epoch", "export_id", b"export_id", "first_token", b"first_token", "kv_endpoint", b"kv_endpoint", "layout_digest", b"layout_digest", "num_tokens", b"num_tokens"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "block_ids", b"block_ids", "crc32", b"crc32", "epoch", b"epoch", "export_id", b"export_id", "first_token", b"first_token", "kv_endpoint", b"kv_endpoint", "layout_digest", b"layout_digest", "num_tokens", b"num_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__crc32: _TypeAlias = _typing.Literal["crc32"]
-    _WhichOneofArgType__crc32: _TypeAlias = _typing.Literal["_crc32", b"_crc32"]
+    _WhichOneofReturnType__crc32: _TypeAlias = _typing.Literal["crc32"]  # noqa: Y015
+    _WhichOneofArgType__crc32: _TypeAlias = _typing.Literal["_crc32", b"_crc32"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__crc32) -> _WhichOneofReturnType__crc32 | None: ...
 
-Global___KvExtent: _TypeAlias = KvExtent
+Global___KvExtent: _TypeAlias = KvExtent  # noqa: Y015
 
 @_typing.final
 class FetchRequest(_message.Message):
@@ -415,13 +411,13 @@ class FetchRequest(_message.Message):
         epoch: _builtins.int = ...,
         block_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "epoch", b"epoch", "export_id", b"export_id"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "epoch", b"epoch", "export_id", b"export_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___FetchRequest: _TypeAlias = FetchRequest
+Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
 
 @_typing.final
 class FetchResponse(_message.Message):
@@ -437,10 +433,10 @@ class FetchResponse(_message.Message):
         *,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___FetchResponse: _TypeAlias = FetchResponse
+Global___FetchResponse: _TypeAlias = FetchResponse  # noqa: Y015

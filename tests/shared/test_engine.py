@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.batch import BatchEntry
+from shared.config import ConfigError, load_config
+from shared.engine import Engine, EnginePlan
+from shared.graphs import make_buckets
+from shared.model_store import ModelStore
+from tests.engines import tiny_engine
+
+MakeModel = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: MakeModel) -> Engine:
+    return tiny_engine(tiny_model("qwen3"), num_blocks=96)
+
+
+def plan(model: Path, **overrides: object) -> EnginePlan:
+    config = load_config(None, {"model": str(model), "dtype": "float32", **overrides})
+    return EnginePlan.of(config, config.decode, ModelStore().resolve(config.model))
+
+
+@pytest.mark.parametrize("max_sequences", [1, 3, 64, 100, 500])
+def test_buckets_ascend_to_the_largest_batch(max_sequences: int) -> None:
+    buckets = make_buckets(max_sequences)
+    assert buckets == sorted(set(buckets))
+    assert buckets[-1] == max_sequences
+    assert max_sequences < 4 or buckets[:3] == [1, 2, 4]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9, 13])
+def test_padding_to_a_bucket_changes_no_bits(engine: Engine, rows: int) -> None:
+    entries = [BatchEntry([5 + row], 0, [1 + row]) for row in range(rows)]
+    together = engine.forward(entries)
+    assert together.shape == (rows, engine.plan.architecture.vocab_size)
+    for row, entry in enumerate(entries):
+        assert torch.equal(engine.forward([entry])[0], together[row])
+
+
+def test_a_decode_step_beside_a_prompt_has_the_same_bits(engine: Engine) -> None:
+    engine.forward([BatchEntry(list(range(5, 25)), 0, [1, 2])])
+    step = BatchEntry([9], 20, [1, 2])
+    alone = engine.forward([step])
+    beside = engine.forward([step, BatchEntry(list(range(30, 60)), 0, [3, 4], "none"), BatchEntry([7], 0, [5])])
+    assert beside.shape[0] == 2
+    assert torch.equal(beside[0], alone[0])
+
+
+def test_what_a_block_held_before_changes_nothing(engine: Engine) -> None:
+    def run() -> list[torch.Tensor]:
+        prompt = engine.forward([BatchEntry(list(range(5, 25)), 0, [1, 2])])
+        return [prompt, engine.forward([BatchEntry([9], 20, [1, 2]), BatchEntry([7], 0, [3]), BatchEntry([8], 0, [4])])]
+
+    clean = run()
+    engine.kv.pool.fill_(torch.nan)
+    assert all(torch.equal(a, b) for a, b in zip(run(), clean, strict=True))
+    engine.kv.pool.zero_()
+
+
+def test_copied_blocks_are_equal(engine: Engine) -> None:
+    engine.forward([BatchEntry(list(range(5, 25)), 0, [1, 2])])
+    expected = engine.forward([BatchEntry([9], 20, [1, 2])])
+    engine.copy_blocks([1, 2], [8, 7])
+    assert torch.equal(engine.forward([BatchEntry([9], 20, [8, 7])]), expected)
+
+
+def test_a_plan_says_what_cannot_be_served(tiny_model: MakeModel) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="max_context"):
+        plan(model, max_context=4096)
+    assert plan(model, max_context=512).max_context == 512
+    with pytest.raises(ConfigError, match="kv_memory_mib"):
+        plan(model, decode={"kv_memory_mib": 1}, block_tokens=1 << 20)
+    assert plan(model, decode={"num_blocks": 10}).num_blocks == 10
+    assert plan(model, dtype="auto").layout.dtype == "bfloat16"
+
+
+def test_end_tokens_are_the_models_own(tiny_model: MakeModel, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    assert plan(model).eos_token_ids == (2,)
+    copy = tmp_path / "chat"
+    copy.mkdir()
+    for path in model.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    assert plan(copy).eos_token_ids == (2, 5)
