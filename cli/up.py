@@ -19,6 +19,7 @@ from shared.arguments import parse_overrides
 from shared.config import TandemConfig, load_config
 
 STOP_MARGIN_S = 10.0
+READY_S = 600.0  # large weights on a slow disk; a process that dies is noticed at once
 PROMPT = "The capital of France is"
 ANY_PORT = ("gateway.port=0", "gateway.http_port=0", "prefill.port=0", "decode.port=0")
 
@@ -75,7 +76,11 @@ async def _serve(config_path: Path | None, config: TandemConfig, settings: Mappi
     started = time.monotonic()
     stop = asyncio.Event()
     supervisor = Supervisor(
-        settings=settings, config_path=config_path, revive=True, grace_s=config.drain_s + STOP_MARGIN_S
+        settings=settings,
+        config_path=config_path,
+        revive=True,
+        ready_s=READY_S,
+        grace_s=config.drain_s + STOP_MARGIN_S,
     )
 
     def on_signal() -> None:
