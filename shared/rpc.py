@@ -31,6 +31,10 @@ DOMAIN = "tandem"
 DETAILS_KEY = "grpc-status-details-bin"
 MAX_MESSAGE_BYTES = 16 << 20
 KEEPALIVE_MS = 20_000
+# A status travels as trailing metadata, once as text and once as details. Clients take 8 KiB of it by default, and
+# report RESOURCE_EXHAUSTED in place of a status that is larger: what errors quote from a request is cut.
+MAX_TEXT_BYTES = 512
+MAX_VIOLATIONS = 8
 
 
 def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:
@@ -81,6 +85,9 @@ class RpcError(Exception):
     message: str
     details: tuple[Message, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.message = _cut(self.message)
+
     def __str__(self) -> str:
         return f"{self.code.name}: {self.message}"
 
@@ -103,8 +110,9 @@ class RpcError(Exception):
 
 def invalid(field: str, description: str, *more: tuple[str, str]) -> RpcError:
     """INVALID_ARGUMENT naming each field at fault."""
+    faults = ((field, description), *more)[:MAX_VIOLATIONS]
     violations = [
-        error_details_pb2.BadRequest.FieldViolation(field=f, description=d) for f, d in ((field, description), *more)
+        error_details_pb2.BadRequest.FieldViolation(field=_cut(f, 128), description=_cut(d, 256)) for f, d in faults
     ]
     return RpcError(
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -119,7 +127,7 @@ def not_found(kind: str, name: str, message: str) -> RpcError:
         grpc.StatusCode.NOT_FOUND,
         message,
         (
-            error_details_pb2.ResourceInfo(resource_type=kind, resource_name=name, description=message),
+            error_details_pb2.ResourceInfo(resource_type=kind, resource_name=_cut(name), description=_cut(message)),
             _info("NOT_FOUND"),
         ),
     )
@@ -143,7 +151,9 @@ def mismatch(field: str, message: str) -> RpcError:
         (
             error_details_pb2.PreconditionFailure(
                 violations=[
-                    error_details_pb2.PreconditionFailure.Violation(type="MISMATCH", subject=field, description=message)
+                    error_details_pb2.PreconditionFailure.Violation(
+                        type="MISMATCH", subject=field, description=_cut(message)
+                    )
                 ]
             ),
             _info("FAILED_PRECONDITION"),
@@ -170,6 +180,12 @@ def internal(error: BaseException) -> RpcError:
         f"an internal error happened; the server's log has it as incident {incident}",
         (error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata={"incident_id": incident}),),
     )
+
+
+def _cut(text: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """So many bytes of a text at most, its end left out if it is longer."""
+    data = text.encode(errors="replace")
+    return text if len(data) <= max_bytes else data[: max_bytes - 3].decode(errors="ignore") + "…"
 
 
 def _info(reason: str) -> error_details_pb2.ErrorInfo:

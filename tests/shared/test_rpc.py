@@ -100,6 +100,22 @@ async def test_errors_keep_their_details_over_the_wire(name: str, servicer, chan
         assert [(info.reason, info.domain) for info in infos] == [(code.name, "tandem")]
 
 
+@pytest.mark.parametrize("text", ["A" * 100_000, "🚀" * 20_000, "\n" * 20_000])
+async def test_what_an_error_quotes_does_not_drown_its_code(text: str, servicer, channel):
+    """Clients take 8 KiB of trailing metadata, and make RESOURCE_EXHAUSTED, which is retry-safe, of more."""
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    for error in (
+        rpc.not_found("model", text, f"no {text}"),
+        rpc.mismatch("layout.dtype", text),
+        rpc.invalid(f"a[{text}]", text, *((f"field_{i}", text) for i in range(40))),
+    ):
+        servicer.act = raises(error)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await stub.Detokenize(inference_pb2.DetokenizeRequest())
+        assert raised.value.code() is error.code
+        assert from_grpc(raised.value).details == error.details
+
+
 async def test_a_peers_error_passes_through_unchanged(servicer, channel):
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     servicer.act = raises(rpc.exhausted("full", retry_after_s=0.25))
