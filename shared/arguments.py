@@ -68,10 +68,14 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def die_with_parent() -> None:
-    """Asks the kernel for SIGTERM when the parent ends, and ends now if it has ended already."""
+    """Asks the kernel for SIGTERM when the parent ends, and ends now if it ended meanwhile.
+
+    A parent with process id 1 is no sign of an orphan: in a container `tandem up` has it. A process whose parent ended
+    before this call finds nobody at the other end of the pipe that takes its ready line, and ends there.
+    """
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent or parent == 1:
+    if os.getppid() != parent:
         sys.exit(0)
 
 
