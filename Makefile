@@ -34,6 +34,8 @@ check: setup-dev ## lint, format, types, contracts, stubs up to date, import rul
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/buf lint
+	@# against the last release, before the first one against the last commit
+	$(BIN)/buf breaking --against ".git#ref=$$(git describe --tags --abbrev=0 2>/dev/null || echo HEAD)"
 	tools/protos --check
 	$(BIN)/python -m pytest -q tests/test_layout.py tests/test_protos.py
 
