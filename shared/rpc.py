@@ -52,7 +52,8 @@ def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[st
         ("grpc.so_reuseport", 0),
         # a worker that comes back is found at once, not after two minutes of backoff
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        # despite its name this bounds one connection attempt: a busy peer needs more than an instant to answer
+        ("grpc.min_reconnect_backoff_ms", 2_000),
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
 
