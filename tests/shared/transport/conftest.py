@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import json
 import os
 import random
@@ -43,6 +44,7 @@ def held() -> Callable[[], tuple[set[str], int]]:
         return found
 
     def held() -> tuple[set[str], int]:
+        gc.collect()  # a pool stays mapped for as long as a buffer of it is reachable, from a kept traceback for one
         seen = files()
         while seen != (again := files()):  # another thread opens or closes something right now
             seen = again
