@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 DOMAIN = "tandem"
 DETAILS_KEY = "grpc-status-details-bin"
 MAX_MESSAGE_BYTES = 16 << 20
+# A peer that hangs, or is cut off, is noticed after both of them at the latest.
 KEEPALIVE_MS = 20_000
+KEEPALIVE_TIMEOUT_MS = 10_000
 # A status travels as trailing metadata, once as text and once as details. Clients take 8 KiB of it by default, and
 # report RESOURCE_EXHAUSTED in place of a status that is larger: what errors quote from a request is cut.
 MAX_TEXT_BYTES = 512
@@ -43,7 +45,9 @@ def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[st
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        # of every other ping: while one is under way none is sent for keepalive, and by default it may take a minute
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.max_ping_strikes", 0),

@@ -164,7 +164,9 @@ async def test_one_over_the_cap(service: Cluster) -> None:
         assert (error.code, error.field) == (Code.INVALID_ARGUMENT, field)
 
 
-async def test_the_answers_do_not_decay(service: Cluster) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("num_requests", [480, pytest.param(10_000, marks=pytest.mark.slow)])
+async def test_the_answers_do_not_decay(service: Cluster, num_requests: int) -> None:
     """SGLang #23020: right answers fell from 94 to 50 percent within some hundred requests."""
     kinds = [ask(prompt(5 + 7 * i, i), max_tokens=12, temperature=1.0, seed=i, n=1 + i % 2) for i in range(16)]
     expected = [await service.generate(request) for request in kinds]
@@ -172,7 +174,7 @@ async def test_the_answers_do_not_decay(service: Cluster) -> None:
     async def one(number: int) -> Result:
         return await service.generate(kinds[number % len(kinds)])
 
-    for first in range(0, 480, 48):
+    for first in range(0, num_requests, 48):
         results = await asyncio.gather(*(one(number) for number in range(first, first + 48)))
         wrong = [
             number
