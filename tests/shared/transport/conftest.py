@@ -35,6 +35,7 @@ def layout() -> KvLayout:
 @pytest.fixture
 def held() -> Callable[[], tuple[set[str], int]]:
     """What this process holds: its open files, and how many pools are mapped into it."""
+    gc.collect()  # pools of tests before this one are mapped until the tracebacks that reach them are collected
 
     def files() -> set[str]:
         found = set()
@@ -44,7 +45,6 @@ def held() -> Callable[[], tuple[set[str], int]]:
         return found
 
     def held() -> tuple[set[str], int]:
-        gc.collect()  # a pool stays mapped for as long as a buffer of it is reachable, from a kept traceback for one
         seen = files()
         while seen != (again := files()):  # another thread opens or closes something right now
             seen = again
