@@ -334,6 +334,32 @@ async def test_a_stale_epoch_is_aborted_unless_another_attempt_comes(prefill: Ch
     await clear(prefill, decode)
 
 
+async def test_a_void_that_meets_the_end_loses_no_token(decode: Channel) -> None:
+    """Whichever comes first: the stream ends with all tokens of one attempt, or is ABORTED."""
+    for number in range(60):
+        request = Request(prompt(20, 13), sampling(max_tokens=1 + number % 4), cache_salt=f"void {number}")
+        call = DecodeCall(decode, request)
+        await call.admit()
+        attempts: dict[int, Output] = {}
+        try:
+            await call.begin(1, local_prefill=True)
+            for _ in range(number % 20):
+                await asyncio.sleep(0)
+            await call.begin(2, local_prefill=True)
+            while message := await call.read():
+                for new in message.tokens.outputs:
+                    output = attempts.setdefault(message.tokens.attempt, Output())
+                    output.add(new.position, new.token_ids, new.logprobs, new.finish_reason)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            # a write after the end fails on the client's side, and hides the status
+            lost = await call.call.details() == "Internal error from Core"
+            assert lost or await call.call.code() == grpc.StatusCode.ABORTED, await call.call.details()
+        else:
+            ended = [output for output in attempts.values() if output.finish_reason]
+            assert [len(output.token_ids) for output in ended] == [request.params.max_tokens]
+    await settled(decode)
+
+
 async def test_blocks_of_an_ended_export_are_never_used(prefill: Channel, decode: Channel) -> None:
     """Its blocks can still be read, and may by then hold another prompt."""
     request = Request(prompt(50, 12), sampling())
@@ -491,7 +517,12 @@ async def test_random_messages_are_never_a_bug(decode: Channel) -> None:
         lambda: FINISH,
         lambda: decode_pb2.DecodeRequest(finish=decode_pb2.Finish(output_indices=[0])),
     ]
-    fine = (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
+    fine = (
+        grpc.StatusCode.OK,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.ABORTED,  # an attempt ended while the next one voided it
+    )
     for _ in range(60):
         call = decode_pb2_grpc.DecodeServiceStub(decode).Decode()
         try:
