@@ -118,8 +118,8 @@ def _refusal(error: RpcError) -> grpc.RpcMethodHandler:
     async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
         await abort(context, error)
 
-    # a unary handler answers calls of every kind with the status alone
-    return grpc.unary_unary_rpc_method_handler(refuse)
+    # answers calls of every kind with the status alone, and waits for no message of theirs
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def send_key(key: SecretStr | None) -> list[grpc.aio.ClientInterceptor]:
