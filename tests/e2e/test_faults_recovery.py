@@ -163,3 +163,24 @@ async def test_both_kinds_killed_in_turn(service: Cluster) -> None:
     result = await reading
     assert result.outputs == undisturbed.outputs
     assert result.receipt.attempts >= 3
+
+
+async def test_the_gateway_keeps_nothing_of_the_dead(service: Cluster) -> None:
+    """Its channels, tasks and mappings are those of the workers that are there."""
+    for member in service.workers:
+        while not member.alive:
+            await service.logged(f"{member.name} | is back", after=len(service.log))
+    await service.known(*service.workers)
+    request = ask(prompt(30), max_tokens=60)
+    await service.generate(request)
+    await service.settled()
+    before = (await service.resources())[service.gateway.name]
+    await kill_while_decoding(service, request, at=(10,))
+    dead = [member for member in service.decode if not member.alive]
+    assert dead
+    await service.logged(f"{dead[0].name} | is back")
+    await service.known(*service.workers)
+    await service.generate(request)
+    await service.settled()
+    after = (await service.resources())[service.gateway.name]
+    assert after == before
