@@ -123,6 +123,8 @@ class Cluster:
         self._counts = prefill, decode
         self._settings = prefill_settings or {}, decode_settings or {}, gateway_settings or {}
         self._channels: dict[str, grpc.aio.Channel] = {}
+        # one connection, kept open: one that is closing would be counted among what the gateway holds, or not
+        self._http = httpx.AsyncClient(trust_env=False)
 
     async def __aenter__(self) -> Self:
         try:
@@ -150,7 +152,7 @@ class Cluster:
         return self
 
     async def __aexit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
+        await asyncio.gather(self._http.aclose(), *(channel.close() for channel in self._channels.values()))
         await self._supervisor.stop()
         if exc_type is not None:
             print("\n".join(self.log[-200:]))
@@ -304,18 +306,18 @@ class Cluster:
         return found
 
     async def back_to(self, before: dict[str, Resources]) -> None:
-        """Returns once every process holds what it held before: what a stream's end gives back takes a moment."""
-        now = await self.resources()
+        """Returns once the processes in `before` hold what they held: what a stream's end gives back takes a moment."""
+        now: dict[str, Resources] = {}
         try:
             async with asyncio.timeout(SETTLE_S):
                 while now != before:
-                    now = await self.resources()
+                    found = await self.resources()
+                    now = {name: found[name] for name in before}
         except TimeoutError:
             raise AssertionError(f"not given back after {SETTLE_S} s:\nbefore {before}\nnow    {now}") from None
 
     async def metric(self, name: str) -> float:
         """The value of a metric of the gateway that has no labels."""
-        async with httpx.AsyncClient() as client:
-            text = (await client.get(f"{self.http_url}/metrics")).text
+        text = (await self._http.get(f"{self.http_url}/metrics")).text
         [line] = [line for line in text.splitlines() if line.startswith(f"{name} ")]
         return float(line.split()[1])

@@ -174,13 +174,13 @@ async def test_the_gateway_keeps_nothing_of_the_dead(service: Cluster) -> None:
     request = ask(prompt(30), max_tokens=60)
     await service.generate(request)
     await service.settled()
-    before = (await service.resources())[service.gateway.name]
-    await kill_while_decoding(service, request, at=(10,))
-    dead = [member for member in service.decode if not member.alive]
-    assert dead
-    await service.logged(f"{dead[0].name} | is back")
+    name = service.gateway.name
+    before = {name: (await service.resources())[name]}
+    for victim in service.workers:
+        seen = len(service.log)
+        await victim.kill()
+        await service.logged(f"{victim.name} | is back", after=seen)
     await service.known(*service.workers)
     await service.generate(request)
     await service.settled()
-    after = (await service.resources())[service.gateway.name]
-    assert after == before
+    await service.back_to(before)
