@@ -159,7 +159,8 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
             if last is not self.load:
                 last = self.load
                 yield last
-            await self._changed.wait()
+            else:  # no await since the look: a report during the yield is not missed
+                await self._changed.wait()
 
 
 Script = Callable[..., AsyncIterator[Any]]

@@ -103,11 +103,11 @@ class Served:
     expected: list[Result]
 
     @classmethod
-    async def measure(cls, folder: Path, dtype: str) -> Served:
+    async def measure(cls, folder: Path, dtype: str, num_requests: int = 32) -> Served:
         settings = {"dtype": dtype, "prefill.prefix_cache": False, "decode.prefix_cache": False}
         async with Cluster(model=str(folder), settings=settings) as cluster:
             [model] = (await cluster.stub.ListModels(inference_pb2.ListModelsRequest())).models
-            requests = workload(model.vocab_size)
+            requests = workload(model.vocab_size)[-num_requests:]
             return cls(folder, dtype, requests, [await cluster.generate(request) for request in requests])
 
     async def check(self, case: Case) -> None:
@@ -158,10 +158,10 @@ async def test_default_model(default_model: Path) -> None:
         "all at once",
         prefill=2,
         decode=2,
-        settings=(("prefill.chunk_tokens", 16), ("prefill.batch_tokens", 48), ("decode.num_blocks", 40)),
+        settings=(("prefill.chunk_tokens", 16), ("prefill.batch_tokens", 48), ("decode.num_blocks", 24)),
         preempts=True,
     )
-    await (await Served.measure(default_model, "bfloat16")).check(case)
+    await (await Served.measure(default_model, "bfloat16", num_requests=16)).check(case)
 
 
 @pytest.mark.slow
