@@ -19,8 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.cpu import library
+
 _BATCH_HINT = 16  # the rows oneDNN packs for; one hint for all, so one layout and one order of sums
 _PROBE_ROWS = (1, 2, 3, 5, 8, 17, 64)
+_PANEL_WIDTH = 32  # output features side by side in kernels/cpu/linear.c
+_PANEL_ROWS = 16  # with more, oneDNN catches up
 
 
 class LinearWeight:
@@ -44,6 +48,12 @@ class LinearWeight:
         self.packed, self.description = _pack(weight.detach())
         self.compute_dtype = torch.bfloat16 if self.description == "onednn-bf16" else torch.float32
         self.bias = None if bias is None else bias.detach().to(self.compute_dtype).contiguous()
+        self.panels: Tensor | None = None  # [out / 32, in, 32] bfloat16, for few rows
+        if self.dtype != self.compute_dtype:
+            self.panels = _pack_panels(weight.detach())
+            if not _panels_agree(self):
+                self.panels = None
+                self.description += ", every row count by oneDNN: its order of sums is another than ours"
 
 
 def linear(x: Tensor, weight: LinearWeight) -> Tensor:
@@ -52,8 +62,9 @@ def linear(x: Tensor, weight: LinearWeight) -> Tensor:
         raise ValueError(
             f"x must be contiguous {weight.dtype} [rows, {weight.in_features}], got {x.dtype} {list(x.shape)}"
         )
-    y = torch.ops.mkldnn._linear_pointwise(x.to(weight.compute_dtype), weight.packed, weight.bias, "none", [], "")
-    return y.to(weight.dtype)
+    if weight.panels is not None and x.shape[0] <= _PANEL_ROWS:
+        return _linear_rows(x, weight, weight.panels)
+    return _linear_onednn(x, weight)
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -81,6 +92,36 @@ def probe_row_invariance(weight: LinearWeight) -> None:
             f"{differing} rows than for {max(_PROBE_ROWS)}: "
             "this CPU or torch build cannot keep outputs independent of the batch"
         )
+
+
+def _linear_onednn(x: Tensor, weight: LinearWeight) -> Tensor:
+    y = torch.ops.mkldnn._linear_pointwise(x.to(weight.compute_dtype), weight.packed, weight.bias, "none", [], "")
+    return y.to(weight.dtype)
+
+
+def _linear_rows(x: Tensor, weight: LinearWeight, panels: Tensor) -> Tensor:
+    y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype)
+    library.function("tandem_linear_rows", "ppppiiii")(
+        x.data_ptr(), panels.data_ptr(), None if weight.bias is None else weight.bias.data_ptr(), y.data_ptr(),
+        x.shape[0], weight.in_features, weight.out_features, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _pack_panels(weight: Tensor) -> Tensor:
+    """[out, in] -> [ceil(out / 32), in, 32], filled up with zeros."""
+    outputs, inputs = weight.shape
+    panels = torch.zeros(-(-outputs // _PANEL_WIDTH) * _PANEL_WIDTH, inputs, dtype=weight.dtype)
+    panels[:outputs] = weight
+    return panels.view(-1, _PANEL_WIDTH, inputs).transpose(1, 2).contiguous()
+
+
+def _panels_agree(weight: LinearWeight) -> bool:
+    """Whether few rows have the bits that oneDNN gives them, for random inputs."""
+    assert weight.panels is not None
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(_PANEL_ROWS, weight.in_features, generator=generator).to(weight.dtype)
+    return torch.equal(_linear_rows(x, weight, weight.panels), _linear_onednn(x, weight))
 
 
 def _pack(weight: Tensor) -> tuple[Tensor, str]:

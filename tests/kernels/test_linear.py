@@ -95,3 +95,21 @@ def test_broken_contracts_are_refused() -> None:
         linear(torch.randn(2, 15), packed)
     with pytest.raises(ValueError, match="x must be"):
         linear(torch.randn(2, 16).bfloat16(), packed)
+
+
+@SHAPES
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_few_rows_have_the_bits_of_many(outputs: int, inputs: int, bias: bool) -> None:
+    """Where bfloat16 weights are multiplied in float32, two routines share the work: they agree, or one does it all."""
+    packed = LinearWeight(*make(outputs, inputs, torch.bfloat16, bias))
+    if packed.panels is None:
+        pytest.skip(f"one routine serves every row count here: {packed.description}")
+    x = torch.randn(16, inputs).to(torch.bfloat16)
+    assert torch.equal(module._linear_rows(x, packed, packed.panels), module._linear_onednn(x, packed))
+
+
+def test_routines_that_disagree_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_panels_agree", lambda weight: False)
+    packed = LinearWeight(*make(64, 64, torch.bfloat16, False))
+    assert packed.panels is None
+    probe_row_invariance(packed)
