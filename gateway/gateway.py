@@ -95,7 +95,7 @@ class Gateway:
         budget_s: seconds for all of it, default gateway.default_deadline_s. resumable: a request with a request_id
         outlives its stream for gateway.resume_window_s; sent again, it attaches to what runs or ran. owner: whose it
         is; a request_id means nothing to others.
-        Raises RpcError, as design.md's table of errors has it, before or after the first chunk.
+        Raises RpcError, with the codes of shared/rpc.py, before or after the first chunk.
         """
         key = (owner, request.request_id) if resumable and request.request_id else None
         try:
