@@ -26,38 +26,36 @@ def run(target: Target, sampling: Sampling, *, model: str, system: str | None) -
         name = runner.run(_check(target, model))
         console.print(f"[bold]{name}[/bold]  [dim]{HELP}[/dim]")
         while True:
+            question: inference_pb2.ChatMessage | None = None
+            answer: list[str] = []
             try:
                 text = console.input("[bold green]> [/bold green]").strip()
+                if text == "/exit":
+                    return
+                if text == "/clear":
+                    turns = list(opening)
+                if text in ("", "/clear"):
+                    continue
+                question = inference_pb2.ChatMessage(role="user", content=text)
+                request = inference_pb2.GenerateRequest(
+                    model=model,
+                    messages=inference_pb2.ChatMessages(messages=[*turns, question]),
+                    sampling=sampling.message(),
+                )
+                summary = runner.run(_answer(target, request, answer, console))
+                console.print(f"[dim]{summary}[/dim]")
             except EOFError:
                 console.print()
                 return
-            except KeyboardInterrupt:
-                console.print(f"\n[dim]{HELP}[/dim]")
-                continue
-            if text == "/exit":
-                return
-            if text == "/clear":
-                turns = list(opening)
-                continue
-            if not text:
-                continue
-            question = inference_pb2.ChatMessage(role="user", content=text)
-            request = inference_pb2.GenerateRequest(
-                model=model,
-                messages=inference_pb2.ChatMessages(messages=[*turns, question]),
-                sampling=sampling.message(),
-            )
-            answer: list[str] = []
-            try:
-                summary = runner.run(_answer(target, request, answer, console))
-                console.print(f"[dim]{summary}[/dim]")
-            except KeyboardInterrupt:
-                console.print("\n[dim]ended[/dim]")
             except RpcError as error:
                 console.print(error.message, style="red", markup=False)
                 continue
-            # an answer that was cut short stays part of the conversation
-            turns += [question, inference_pb2.ChatMessage(role="assistant", content="".join(answer))]
+            except KeyboardInterrupt:
+                # wherever it comes: before the question, or at any point of the answer
+                console.print(f"\n[dim]{HELP if question is None else 'ended'}[/dim]")
+            if question is not None:
+                # an answer that was cut short stays part of the conversation
+                turns += [question, inference_pb2.ChatMessage(role="assistant", content="".join(answer))]
 
 
 async def _answer(target: Target, request: inference_pb2.GenerateRequest, answer: list[str], console: Console) -> str:

@@ -21,7 +21,7 @@ class Outbox:
         self._open: decode_pb2.DecodeResponse | None = None  # the last message, if more tokens can go into it
         self._outputs: dict[int, decode_pb2.OutputTokens] = {}  # of the open message, by output index
         self._error: RpcError | None = None
-        self._ended = False
+        self.ended = False  # nothing follows what is here
         self._wake = asyncio.Event()
 
     def put(self, message: decode_pb2.DecodeResponse) -> None:
@@ -57,7 +57,7 @@ class Outbox:
 
     def end(self) -> None:
         """The stream ends once everything is sent."""
-        self._ended = True
+        self.ended = True
         self._wake.set()
 
     def fail(self, error: RpcError) -> None:
@@ -75,7 +75,7 @@ class Outbox:
                 yield message
             if self._error is not None:
                 raise self._error
-            if self._ended:
+            if self.ended:
                 return
             self._wake.clear()
             await self._wake.wait()

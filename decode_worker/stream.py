@@ -190,6 +190,8 @@ class DecodeStream:
             return None
         if number > current:
             await self._void()
+            if self.outbox.ended:
+                raise stale(f"attempt {current} came to its end before it was voided")
             self._attempt = ImportAttempt(
                 number, self._importer, self._blocks, self._limits.block_tokens, self._held_tokens
             )

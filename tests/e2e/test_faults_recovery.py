@@ -59,6 +59,8 @@ async def service(tiny_model: Callable[[str], Path]) -> AsyncIterator[Cluster]:
 async def some_are_alive(service: Cluster) -> AsyncIterator[None]:
     """Each test starts with a worker of each kind that the gateway knows, and leaves nothing held."""
     for group in (service.prefill, service.decode):
+        if not any(member.alive for member in group):
+            await service.logged(f"{group[0].name} | is back", after=len(service.log))
         await service.known(next(member for member in group if member.alive))
     yield
     await service.settled()
@@ -176,10 +178,9 @@ async def test_the_gateway_keeps_nothing_of_the_dead(service: Cluster) -> None:
     await service.settled()
     name = service.gateway.name
     before = {name: (await service.resources())[name]}
-    for victim in service.workers:
-        seen = len(service.log)
-        await victim.kill()
-        await service.logged(f"{victim.name} | is back", after=seen)
+    seen = len(service.log)
+    await asyncio.gather(*(victim.kill() for victim in service.workers))
+    await asyncio.gather(*(service.logged(f"{victim.name} | is back", after=seen) for victim in service.workers))
     await service.known(*service.workers)
     await service.generate(request)
     await service.settled()

@@ -220,7 +220,7 @@ async def test_the_gateway_passes_its_deadline_on() -> None:
             await scene.collect(request(), budget_s=0.2)
         assert error.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
         await scene.idle()
-        assert 0 < seen[0] <= 0.2
+        assert 0 < seen[0] < 0.21, "the header of a timeout is rounded up"
 
 
 @pytest.mark.parametrize("tokens_read", [0, 1, 3])
