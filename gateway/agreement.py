@@ -28,7 +28,8 @@ def disagreement(
     if info.layout.model_digest != model_digest:
         return mismatch(
             "layout.model_digest",
-            f"the gateway's model files have {model_digest[:12]}…, the worker's {info.layout.model_digest[:12]}…",
+            f"the gateway's model files and quantization give {model_digest[:12]}…, "
+            f"the worker's {info.layout.model_digest[:12]}…",
         )
     for field in kv_pb2.KvLayout.DESCRIPTOR.fields if layout is not None else ():
         theirs, ours = getattr(info.layout, field.name), getattr(layout, field.name)

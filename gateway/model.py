@@ -36,7 +36,9 @@ class SamplingDefaults:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """name: the one that clients use. digest: hex sha256 over configuration and weights; workers must have the same."""
+    """name: the one that clients use. digest: hex sha256 over configuration and weights, as they are quantized; workers
+    must have the same.
+    """
 
     name: str
     digest: str
@@ -45,12 +47,12 @@ class ServedModel:
     defaults: SamplingDefaults
 
     @classmethod
-    def load(cls, name: str, files: ModelFiles) -> ServedModel:
+    def load(cls, name: str, files: ModelFiles, quantization: str) -> ServedModel:
         """Reads the small files of a model's folder."""
         tokenizer = Tokenizer.load(files.folder)
         return cls(
             name=name,
-            digest=files.digest,
+            digest=files.digest_as(quantization),
             tokenizer=tokenizer,
             chat_template=ChatTemplate.load(files.folder, tokenizer.special_tokens),
             defaults=SamplingDefaults.load(files.folder),

@@ -56,7 +56,14 @@ def _launch(gate_up: Tensor, activation: int, out: Tensor | None) -> Tensor:
         out = torch.empty(rows, width, dtype=dtype)
     elif out.dtype != dtype or out.shape != (rows, width) or not out.is_contiguous():
         raise ValueError(f"out must be contiguous {dtype} [{rows}, {width}], got {out.dtype} {list(out.shape)}")
-    library.function("tandem_gated_activation", "ppiiiii")(
-        gate_up.data_ptr(), out.data_ptr(), rows, width, _DTYPES[dtype], activation, torch.get_num_threads()
+    library.call(
+        "tandem_gated_activation",
+        gate_up.data_ptr(),
+        out.data_ptr(),
+        rows,
+        width,
+        _DTYPES[dtype],
+        activation,
+        torch.get_num_threads(),
     )
     return out

@@ -55,12 +55,12 @@ def paged_attention(
             f"out must be a contiguous {q.dtype} tensor of {q.numel()} elements, got {out.dtype} {list(out.shape)}"
         )
     num_seqs, max_blocks = block_tables.shape
-    failed = library.function("tandem_paged_attention", "ppppppp" + "i" * 16 + "dii")(
+    failed = library.call("tandem_paged_attention",
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
         cu_seqlens.data_ptr(), context_lens.data_ptr(), block_tables.data_ptr(),
         tokens, num_seqs, max_blocks, block_tables.stride(0), num_blocks, block_tokens,
         *k_cache.stride()[:3], *v_cache.stride()[:3],
-        num_heads, num_kv_heads, head_dim, sliding_window or 0, scale, _DTYPES[q.dtype], torch.get_num_threads(),
+        num_heads, num_kv_heads, head_dim, sliding_window or 0, float(scale), _DTYPES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         _raise(failed, num_seqs, tokens, cu_seqlens, context_lens)

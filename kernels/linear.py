@@ -3,17 +3,29 @@
     y = x @ weight.T + bias
 
 x       [rows, in_features], contiguous, of the weight's dtype
-weight  [out_features, in_features], float32 or bfloat16, packed once into a LinearWeight
+weight  [out_features, in_features], float32 or bfloat16, packed once into a LinearWeight, perhaps quantized
 bias    [out_features], the weight's dtype, or None
-y       [rows, out_features]
+y       [rows, out_features]; computed in float32 and rounded once
 
 torch's own linear picks another routine for few rows, and with it another order of summation: measured in float32, 1 to
-3 rows differ from 4 and more. oneDNN with a packed weight gives a row the same bits among any number of rows;
-`probe_row_invariance` checks that on the machine at hand. On a CPU without AVX-512, oneDNN has no packed bfloat16 path:
-there a bfloat16 weight is held as float32 (exactly), multiplied in float32, and the result rounded to bfloat16.
+3 rows differ from 4 and more. kernels/cpu/linear.c sums an output in one order whatever the number of rows and threads.
+
+On a CPU with AVX-512 BF16 a bfloat16 weight goes to oneDNN instead, whose dot-product instructions are several times
+faster there for many rows, and whose packed weights were measured to keep a row's bits among any number of rows.
+`probe_row_invariance` checks either on the machine at hand.
+
+A quantized weight is kept as integers of 8 or 4 bits, and multiplied in float32 by activations that stay what they are:
+
+    w = scale * q + offset        a scale, and an offset unless symmetric, for each output and group of input features
+
+One row reads the whole weight and computes little with it, so half the bytes are half the time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,50 +33,166 @@ from torch.nn import functional
 
 from kernels.cpu import library
 
-_BATCH_HINT = 16  # the rows oneDNN packs for; one hint for all, so one layout and one order of sums
-_PROBE_ROWS = (1, 2, 3, 5, 8, 17, 64)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_INTEGERS = {8: 2, 4: 3}  # dtypes of panels of so many bits
+_WORD = 8  # input features of an int4 word
+_QUANTIZED_ROWS = 1024  # quantized at once, in float64
 _PANEL_WIDTH = 32  # output features side by side in kernels/cpu/linear.c
-_PANEL_ROWS = 16  # with more, oneDNN catches up
+_BATCH_HINT = 16  # the rows oneDNN packs for; one hint for all, so one layout and one order of sums
+_PROBE_ROWS = (1, 2, 5, 10, 17)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a weight becomes integers, each rounded to the nearest.
+
+    group: input features that share a scale, a multiple of 8; None = all of a row.
+    symmetric: scale = max|w| / (2^(bits - 1) - 1) and no offset; else the integers reach from the group's least weight
+    to its greatest.
+    Raises ValueError for bits or a group that there are no panels for.
+    """
+
+    bits: Literal[8, 4]
+    group: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in _INTEGERS:
+            raise ValueError(f"bits must be 8 or 4, got {self.bits}")
+        if self.group is not None and (self.group < 1 or self.group % _WORD):
+            raise ValueError(f"group must be a multiple of {_WORD} input features, got {self.group}")
 
 
 class LinearWeight:
     """A weight [out, in] with its bias, packed for the CPU. The packed copy replaces the original, which may be freed.
 
-    Raises ValueError for a weight or bias that breaks the contract, RuntimeError where torch has no oneDNN.
+    `dtype`: of x, and what y is rounded to; the weight's own before it was quantized.
+    `recordable`: its calls are ops of the library, which `library.record` writes down.
+    Raises ValueError for a weight, bias or group that breaks the contract.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    FIELDS = ("packed", "scale", "offset", "bias")  # of `tensors`
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, quantization: Quantization | None = None) -> None:
         if weight.device.type != "cpu":
             raise ValueError(f"linear runs on: cpu; got a weight on {weight.device}")
-        if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16):
+        if weight.dim() != 2 or not weight.shape[1] or weight.dtype not in _DTYPES:
             raise ValueError(f"weight must be float32 or bfloat16 [out, in], got {weight.dtype} {list(weight.shape)}")
         if bias is not None and (bias.dtype != weight.dtype or bias.shape != weight.shape[:1]):
             raise ValueError(f"bias must be {weight.dtype} [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}")
-        if not torch.backends.mkldnn.is_available():
-            raise RuntimeError("linear needs a torch built with oneDNN (torch.backends.mkldnn)")
         self.dtype = weight.dtype
         self.out_features, self.in_features = weight.shape
-        self.description: str
-        self.packed, self.description = _pack(weight.detach())
-        self.compute_dtype = torch.bfloat16 if self.description == "onednn-bf16" else torch.float32
-        self.bias = None if bias is None else bias.detach().to(self.compute_dtype).contiguous()
-        self.panels: Tensor | None = None  # [out / 32, in, 32] bfloat16, for few rows
-        if self.dtype != self.compute_dtype:
-            self.panels = _pack_panels(weight.detach())
-            if not _panels_agree(self):
-                self.panels = None
-                self.description += ", every row count by oneDNN: its order of sums is another than ours"
+        self.bias = None if bias is None else bias.detach().contiguous()
+        self.quantization = quantization
+        self.scale = self.offset = None  # [ceil(out / 32), groups, 32]
+        self.group = (quantization and quantization.group) or self.in_features  # input features that share a scale
+        if self.in_features % self.group:
+            raise ValueError(f"{self.in_features} input features cannot be cut into groups of {self.group}")
+        self.recordable = is_recordable(weight.dtype, quantized=quantization is not None)
+        if quantization is not None:
+            integers, scale, offset = _quantize(weight.detach(), self.group, quantization)
+            self.packed = _pack_panels(_words(integers) if quantization.bits == 4 else integers)
+            self.scale = _pack_panels(scale)
+            self.offset = None if offset is None else _pack_panels(offset)
+        elif self.recordable:
+            self.packed = _pack_panels(weight.detach())
+        else:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _BATCH_HINT)
+
+    @property
+    def description(self) -> str:
+        """How it is packed, for logs and errors."""
+        if self.quantization is not None:
+            size = "rows" if self.quantization.group is None else f"groups of {self.quantization.group}"
+            kind = "symmetric" if self.quantization.symmetric else "with offsets"
+            return f"int{self.quantization.bits} panels, {size}, {kind}, float32 sums"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype} panels, float32 sums" if self.recordable else f"{dtype} packed by oneDNN"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, to be stored; of a recordable weight only, oneDNN's form is its own."""
+        if not self.recordable:
+            raise ValueError(f"a weight that is {self.description} cannot be stored")
+        fields = {field: getattr(self, field) for field in self.FIELDS}
+        return {field: tensor for field, tensor in fields.items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        quantization: Quantization | None,
+    ) -> LinearWeight:
+        """The weight that `tensors` came from, over the same memory. Raises KeyError if it came from none.
+
+        shape: [out, in]; dtype and quantization as it had them.
+        """
+        weight = cls.__new__(cls)
+        weight.packed = tensors["packed"]
+        weight.scale, weight.offset, weight.bias = (tensors.get(field) for field in cls.FIELDS[1:])
+        weight.dtype, weight.quantization, weight.recordable = dtype, quantization, True
+        weight.out_features, weight.in_features = shape
+        weight.group = (quantization and quantization.group) or weight.in_features
+        return weight
+
+    @property
+    def num_bytes(self) -> int:
+        """What one row reads: the packed weight, scales, offsets and bias."""
+        return sum(
+            t.numel() * t.element_size() for t in (self.packed, self.scale, self.offset, self.bias) if t is not None
+        )
+
+    def dequantize(self) -> Tensor:
+        """The weight that the arithmetic stands for, float32 [out, in]. ValueError where nothing was quantized."""
+        if self.quantization is None or self.scale is None:
+            raise ValueError(f"{self.description}: not quantized")
+        integers = _unpack_panels(self.packed, self.out_features)
+        if self.quantization.bits == 4:
+            shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+            integers = ((integers[:, :, None] >> shifts & 15) - 8).flatten(1)[:, : self.in_features]
+        weight = _unpack_panels(self.scale, self.out_features)[:, :, None] * integers.unflatten(1, (-1, self.group))
+        if self.offset is not None:
+            weight += _unpack_panels(self.offset, self.out_features)[:, :, None]
+        return weight.flatten(1).contiguous()
 
 
-def linear(x: Tensor, weight: LinearWeight) -> Tensor:
-    """x @ weight.T + bias -> [rows, out_features] of x's dtype. Raises ValueError when x breaks the contract."""
+def is_recordable(dtype: torch.dtype, *, quantized: bool = False) -> bool:
+    """Whether this CPU's weights of that dtype are the library's, and not oneDNN's."""
+    return quantized or dtype != torch.bfloat16 or not _has_avx512_bf16()
+
+
+def linear(x: Tensor, weight: LinearWeight, *, out: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias -> [rows, out_features] of x's dtype, or `out`, which may also be float32.
+
+    Raises ValueError when a tensor breaks the contract.
+    """
     if x.dtype != weight.dtype or x.dim() != 2 or x.shape[1] != weight.in_features or not x.is_contiguous():
         raise ValueError(
             f"x must be contiguous {weight.dtype} [rows, {weight.in_features}], got {x.dtype} {list(x.shape)}"
         )
-    if weight.panels is not None and x.shape[0] <= _PANEL_ROWS:
-        return _linear_rows(x, weight, weight.panels)
-    return _linear_onednn(x, weight)
+    rows = x.shape[0]
+    if out is None:
+        out = torch.empty(rows, weight.out_features, dtype=x.dtype)
+    elif (
+        out.dtype not in (x.dtype, torch.float32) or out.shape != (rows, weight.out_features) or not out.is_contiguous()
+    ):
+        raise ValueError(
+            f"out must be contiguous {x.dtype} or float32 [{rows}, {weight.out_features}], "
+            f"got {out.dtype} {list(out.shape)}"
+        )
+    if not weight.recordable:
+        return out.copy_(torch.ops.mkldnn._linear_pointwise(x, weight.packed, weight.bias, "none", [], ""))
+    failed = library.call(
+        "tandem_linear",
+        x.data_ptr(), weight.packed.data_ptr(), _address(weight.scale), _address(weight.offset), _address(weight.bias),
+        out.data_ptr(), rows, weight.in_features, weight.out_features, weight.group,
+        _DTYPES[x.dtype], _INTEGERS[weight.quantization.bits] if weight.quantization else _DTYPES[weight.dtype],
+        _DTYPES[weight.dtype], _DTYPES[out.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory for {rows} rows of {weight.in_features} features")
+    return out
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -73,7 +201,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def probe_row_invariance(weight: LinearWeight) -> None:
-    """Checks at start-up that rows keep their bits among 1, 2, 3, 5, 8, 17 and 64 rows, first or last in the batch.
+    """Checks at start-up that rows keep their bits among other numbers of rows, first or last in the batch.
 
     Raises RuntimeError naming the row counts that differ.
     """
@@ -94,18 +222,48 @@ def probe_row_invariance(weight: LinearWeight) -> None:
         )
 
 
-def _linear_onednn(x: Tensor, weight: LinearWeight) -> Tensor:
-    y = torch.ops.mkldnn._linear_pointwise(x.to(weight.compute_dtype), weight.packed, weight.bias, "none", [], "")
-    return y.to(weight.dtype)
+def _has_avx512_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
 
 
-def _linear_rows(x: Tensor, weight: LinearWeight, panels: Tensor) -> Tensor:
-    y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype)
-    library.function("tandem_linear_rows", "ppppiiii")(
-        x.data_ptr(), panels.data_ptr(), None if weight.bias is None else weight.bias.data_ptr(), y.data_ptr(),
-        x.shape[0], weight.in_features, weight.out_features, torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _quantize(weight: Tensor, group: int, quantization: Quantization) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[out, in] -> int8 [out, in], float32 scale [out, in / group], offset of that shape or None.
+
+    Integers lie around zero, with an offset to match, so that sums of them stay small.
+    """
+    integers = torch.empty(weight.shape, dtype=torch.int8)
+    scale = torch.empty(len(weight), weight.shape[1] // group)
+    offset = None if quantization.symmetric else torch.empty_like(scale)
+    top = 2 ** (quantization.bits - 1) - 1
+    for start in range(0, len(weight), _QUANTIZED_ROWS):
+        rows = slice(start, start + _QUANTIZED_ROWS)
+        groups = weight[rows].double().unflatten(1, (-1, group))
+        if offset is None:
+            scale[rows] = groups.abs().amax(2) / top
+        else:
+            low, high = groups.aminmax(dim=2)
+            scale[rows] = (high - low) / (2 * top + 1)
+            offset[rows] = low + scale[rows] * (top + 1)
+            groups -= offset[rows, :, None]
+        # of the numbers that are kept; a group without a scale is zeros, or its offset
+        groups /= torch.where(scale[rows] > 0, scale[rows], torch.inf)[:, :, None]
+        integers[rows] = groups.round_().clamp_(-top if offset is None else -top - 1, top).flatten(1)
+    return integers, scale, offset
+
+
+def _words(integers: Tensor) -> Tensor:
+    """int8 [out, in] -> int32 [out, ceil(in / 8)], 4 bits of each + 8, the first input feature lowest."""
+    padded = functional.pad(integers, (0, -integers.shape[1] % _WORD)).add(8).view(torch.uint8)
+    return (padded[:, ::2] | padded[:, 1::2] << 4).view(torch.int32)
+
+
+def _unpack_panels(panels: Tensor, outputs: int) -> Tensor:
+    """[ceil(out / 32), in, 32] -> [out, in]."""
+    return panels.transpose(1, 2).flatten(0, 1)[:outputs]
 
 
 def _pack_panels(weight: Tensor) -> Tensor:
@@ -114,23 +272,3 @@ def _pack_panels(weight: Tensor) -> Tensor:
     panels = torch.zeros(-(-outputs // _PANEL_WIDTH) * _PANEL_WIDTH, inputs, dtype=weight.dtype)
     panels[:outputs] = weight
     return panels.view(-1, _PANEL_WIDTH, inputs).transpose(1, 2).contiguous()
-
-
-def _panels_agree(weight: LinearWeight) -> bool:
-    """Whether few rows have the bits that oneDNN gives them, for random inputs."""
-    assert weight.panels is not None
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(_PANEL_ROWS, weight.in_features, generator=generator).to(weight.dtype)
-    return torch.equal(_linear_rows(x, weight, weight.panels), _linear_onednn(x, weight))
-
-
-def _pack(weight: Tensor) -> tuple[Tensor, str]:
-    """The packed weight and the name of the arithmetic, which the CPU decides."""
-    reorder = torch.ops.mkldnn._reorder_linear_weight
-    if weight.dtype == torch.float32:
-        return reorder(weight.contiguous(), _BATCH_HINT), "onednn-fp32"
-    try:
-        return reorder(weight.contiguous(), _BATCH_HINT), "onednn-bf16"
-    except RuntimeError:
-        packed = reorder(weight.float(), _BATCH_HINT)
-        return packed, "onednn-fp32 (bf16 weights, float32 arithmetic: this CPU has no AVX-512)"

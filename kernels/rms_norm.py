@@ -26,9 +26,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
     else:
         _check_same("out", out, x)
     rows, width = x.shape
-    library.function("tandem_rms_norm", "pppppiidiii")(
+    library.call("tandem_rms_norm",
         x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), None,
-        rows, width, eps, _DTYPES[x.dtype], _DTYPES[weight.dtype], torch.get_num_threads(),
+        rows, width, float(eps), _DTYPES[x.dtype], _DTYPES[weight.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -58,9 +58,9 @@ def add_rms_norm(
     else:
         _check_same("residual_out", residual_out, x)
     rows, width = x.shape
-    library.function("tandem_rms_norm", "pppppiidiii")(
+    library.call("tandem_rms_norm",
         x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), residual_out.data_ptr(),
-        rows, width, eps, _DTYPES[x.dtype], _DTYPES[weight.dtype], torch.get_num_threads(),
+        rows, width, float(eps), _DTYPES[x.dtype], _DTYPES[weight.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out, residual_out
 

@@ -60,12 +60,12 @@ def rope_and_cache(
         raise ValueError(
             f"out must be contiguous {qkv.dtype} [{tokens}, {num_heads}, {head_dim}], got {out.dtype} {list(out.shape)}"
         )
-    failed = library.function("tandem_rope_and_cache", "ppppppp" + "i" * 14 + "ppdiii")(
+    failed = library.call("tandem_rope_and_cache",
         qkv.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(), slots.data_ptr(),
         out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), *k_cache.stride()[:3], *v_cache.stride()[:3],
         tokens, num_heads, num_kv_heads, head_dim, cos_sin.shape[1], cos_sin.shape[0], num_blocks, block_tokens,
         None if q_norm is None else q_norm.data_ptr(), None if k_norm is None else k_norm.data_ptr(),
-        eps, 0 if q_norm is None else _DTYPES[q_norm.dtype], _DTYPES[qkv.dtype], torch.get_num_threads(),
+        float(eps), 0 if q_norm is None else _DTYPES[q_norm.dtype], _DTYPES[qkv.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         token = failed - 1

@@ -34,6 +34,7 @@ def _split(value: object) -> object:
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+QuantizationMode = Literal["none", "int8", "int4"]
 Targets = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
@@ -88,6 +89,12 @@ class PrefillConfig(Section):
     )
     prefix_cache: bool = Field(
         default=True, description="keep the blocks of finished prompts for prompts that begin alike"
+    )
+    nice: int = Field(
+        default=5,
+        ge=0,
+        le=19,
+        description="how far it stands back when decode workers want the same cores, as of nice(1)",
     )
 
 
@@ -161,6 +168,9 @@ class TandemConfig(BaseSettings):
     )
     device: Literal["auto", "cpu"] = Field(default="auto", description="where the engine runs")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto = bfloat16")
+    quantization: QuantizationMode = Field(
+        default="none", description="integers that the linears' weights are kept as; int4 in groups of 32"
+    )
     block_tokens: Positive = Field(default=16, description="tokens in a KV block, a power of two")
     max_context: Positive | None = Field(
         default=None, description="tokens of prompt and output; default: the model's own"

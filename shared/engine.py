@@ -16,15 +16,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from kernels.linear import is_recordable
 from shared.batch import BatchEntry, RaggedBatch, build_batch
 from shared.checkpoint import open_checkpoint
-from shared.config import ConfigError, DecodeConfig, PrefillConfig, TandemConfig
-from shared.graphs import EagerRunner, GraphRunner
+from shared.config import ConfigError, DecodeConfig, PrefillConfig, QuantizationMode, TandemConfig
+from shared.graphs import EagerRunner, GraphRunner, ReplayRunner
 from shared.kv_cache import DTYPES, KvCache, KvLayout
 from shared.model_files import ModelFiles, read_json
 from shared.models.architecture import Architecture
 from shared.models.decoder import Decoder
+from shared.models.weights import DecoderWeights, load_weights, packing_of
+from shared.packed_weights import MIN_BYTES, share_packed
 from shared.policies.table import architecture_of
+from shared.workspace import Workspace
 
 DEFAULT_DTYPE = "bfloat16"
 
@@ -36,6 +40,7 @@ class EnginePlan:
     files: ModelFiles
     architecture: Architecture
     layout: KvLayout
+    quantization: QuantizationMode
     device: str
     num_blocks: int  # in memory, the null block included
     max_context: int  # tokens of prompt and output together
@@ -49,7 +54,7 @@ class EnginePlan:
         """section: of the role. Raises ModelError for a model that cannot be served, ConfigError for limits."""
         architecture = architecture_of(files.config)
         dtype = DEFAULT_DTYPE if config.dtype == "auto" else config.dtype
-        layout = KvLayout.of(architecture, files.digest, dtype, config.block_tokens)
+        layout = KvLayout.of(architecture, files.digest_as(config.quantization), dtype, config.block_tokens)
         max_context = config.max_context or architecture.max_context
         if max_context > architecture.max_context:
             raise ConfigError(f"max_context: {max_context} exceeds the model's own, {architecture.max_context}")
@@ -62,6 +67,7 @@ class EnginePlan:
             files=files,
             architecture=architecture,
             layout=layout,
+            quantization=config.quantization,
             device="cpu",
             num_blocks=num_blocks,
             max_context=max_context,
@@ -84,18 +90,11 @@ class Engine:
         self.plan = plan
         self.use_thread()
         self.kv = KvCache(plan.layout, plan.num_blocks, buffer=buffer, device=plan.device)
-        self._decoder = Decoder(
-            plan.architecture,
-            open_checkpoint(plan.files, allow_pickle=plan.allow_pickle),
-            dtype=DTYPES[plan.layout.dtype],
-            device=plan.device,
-        )
-        self._runner: GraphRunner = EagerRunner(
-            self._run, max_sequences=plan.max_running, block_tokens=plan.layout.block_tokens
-        )
+        self._decoder = Decoder(plan.architecture, _load_weights(plan))
+        self._runner = self._make_runner()
 
     def use_thread(self) -> None:
-        """Called once on each thread that runs forwards: OpenMP counts its threads for each of its masters."""
+        """Called once on each thread that runs forwards: torch counts threads for each thread that calls it."""
         torch.set_num_threads(self.plan.num_threads)
 
     def warm_up(self) -> None:
@@ -106,7 +105,10 @@ class Engine:
         self._run(build_batch([BatchEntry([0] * block_tokens, 0, [0])], block_tokens))
 
     def forward(self, entries: Sequence[BatchEntry]) -> Tensor:
-        """Computes the entries' tokens; float32 logits [wanted, vocab], in the order of entries and their tokens."""
+        """Computes the entries' tokens; float32 logits [wanted, vocab], in the order of entries and their tokens.
+
+        The next forward may overwrite them.
+        """
         if len(entries) <= self._runner.max_sequences and all(
             len(entry.token_ids) == 1 and entry.wants != "none" for entry in entries
         ):
@@ -120,11 +122,44 @@ class Engine:
 
     def close(self) -> None:
         """Lets go of the weights and the pool; no forward can follow."""
+        del self._runner
         self._decoder.close()
         self.kv.close()
 
-    def _run(self, batch: RaggedBatch) -> Tensor:
-        return self._decoder.forward(batch.to(self.plan.device), self.kv)
+    def _make_runner(self) -> GraphRunner:
+        plan, block_tokens = self.plan, self.plan.layout.block_tokens
+        if not self._decoder.recordable:
+            return EagerRunner(self._run, max_sequences=plan.max_running, block_tokens=block_tokens)
+        return ReplayRunner(
+            self._run,
+            max_sequences=plan.max_running,
+            block_tokens=block_tokens,
+            table_width=-(-plan.max_context // block_tokens),
+        )
+
+    def _run(self, batch: RaggedBatch, workspace: Workspace | None = None) -> Tensor:
+        return self._decoder.forward(batch.to(self.plan.device), self.kv, workspace)
+
+
+def _load_weights(plan: EnginePlan) -> DecoderWeights:
+    """From the file that the workers of this host share, which is made on first use. Raises CheckpointError."""
+    dtype = DTYPES[plan.layout.dtype]
+
+    def load() -> DecoderWeights:
+        checkpoint = open_checkpoint(plan.files, allow_pickle=plan.allow_pickle)
+        return load_weights(
+            plan.architecture, checkpoint, dtype=dtype, device=plan.device, quantization=plan.quantization
+        )
+
+    num_bytes = sum(path.stat().st_size for path in plan.files.weights.paths)
+    if num_bytes < MIN_BYTES or not is_recordable(dtype, quantized=plan.quantization != "none"):
+        weights = load()
+    else:
+        parts = (plan.layout.model_digest, plan.layout.dtype, packing_of(plan.quantization))
+        tensors = share_packed(parts, lambda: load().tensors())
+        weights = DecoderWeights.from_tensors(plan.architecture, tensors, plan.quantization)
+    weights.probe()
+    return weights
 
 
 def _eos_token_ids(files: ModelFiles) -> tuple[int, ...]:

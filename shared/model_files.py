@@ -67,6 +67,12 @@ class ModelFiles:
         """config.json, parsed anew at each call."""
         return read_json(self.folder / "config.json")
 
+    def digest_as(self, quantization: str) -> str:
+        """The digest of what is computed with: quantized weights are other weights, and their KV is other KV."""
+        if quantization == "none":
+            return self.digest
+        return hashlib.sha256(f"{self.digest} {quantization}".encode()).hexdigest()
+
 
 def read_json(path: Path) -> dict[str, object]:
     """A JSON object from a file; ModelError if it is missing or something else."""

@@ -7,7 +7,7 @@
         await cluster.settled()
 
 `settings` are configuration keys as `--set` takes them; `prefill_settings` and `decode_settings` go to one kind of
-worker.
+worker. Pools are of 32 MiB unless the settings say otherwise: plenty for a tiny model, and quickly populated.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from cli.supervisor import Member, Supervisor
 from shared.rpc import connect
 
 SETTLE_S = 60.0
+SMALL_POOLS = {"prefill.kv_memory_mib": 32, "decode.kv_memory_mib": 32}
+DEFAULT_MODEL_POOLS = {"prefill.kv_memory_mib": 256, "decode.kv_memory_mib": 512}
 
 
 @dataclass
@@ -115,7 +117,7 @@ class Cluster:
         self.log: list[str] = []
         self._logged = asyncio.Event()
         self._supervisor = Supervisor(
-            settings={"model": model, "drain_s": 0, **(settings or {})},
+            settings={"model": model, "drain_s": 0, **SMALL_POOLS, **(settings or {})},
             config_path=config_path,
             on_line=self._take_line,
             revive=revive,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -11,16 +12,26 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import pytest
+from transformers import PreTrainedModel
 
-from tests.cluster import Cluster
-from tests.tiny_models import smollm2
+from tests.cluster import DEFAULT_MODEL_POOLS, Cluster
+from tests.tiny_models import smollm2, smollm2_reference
 from tests.tiny_models import tiny_model as make_tiny_model
+
+# a shell's background job ignores Ctrl-C, and so would the processes that the tests send it to
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     """Folder of the default model, pulled on first use."""
     return smollm2().folder
+
+
+@pytest.fixture(scope="session")
+def default_reference() -> PreTrainedModel:
+    """transformers' own reading of the default model's file, in float32: what our answers are compared with."""
+    return smollm2_reference()
 
 
 @pytest.fixture(scope="session")
@@ -32,5 +43,5 @@ def tiny_model() -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 async def cluster(default_model: Path) -> AsyncIterator[Cluster]:
     """A prefill and a decode worker with the default model, for tests that leave them as they were."""
-    async with Cluster(model=str(default_model)) as cluster:
+    async with Cluster(model=str(default_model), settings=DEFAULT_MODEL_POOLS) as cluster:
         yield cluster

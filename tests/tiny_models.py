@@ -225,3 +225,13 @@ def smollm2() -> ModelFiles:
         return ModelStore().pull("smollm2-135m-instruct")
     except ModelError as error:
         pytest.skip(f"smollm2-135m-instruct is not here and cannot be fetched: {error}")
+
+
+@functools.cache
+def smollm2_reference() -> PreTrainedModel:
+    """The default model as transformers reads its file, in float32."""
+    files = smollm2()
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.folder), dtype=torch.float32)
+    model.load_state_dict(gguf_state_dict(files.weights.paths[0], model), strict=False)
+    model.tie_weights()
+    return model.eval()

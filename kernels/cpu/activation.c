@@ -1,6 +1,7 @@
 /* y = f(gate) * up, with gate and up the two halves of each row. Both functions are gate * sigmoid(z):
  * silu has z = gate; gelu_tanh has z = 2 sqrt(2/pi) (gate + 0.044715 gate^3), because (1 + tanh(u)) / 2 = sigmoid(2u). */
 #include "simd.h"
+#include "team.h"
 
 enum { SILU = 0, GELU_TANH = 1 };
 
@@ -28,24 +29,38 @@ INLINE void row(const void *gate_up, void *y, int64_t r, int64_t width, int dtyp
     }
 }
 
-int64_t tandem_gated_activation(const void *gate_up, void *y, int64_t rows, int64_t width, int64_t dtype, int64_t function,
-                             int64_t threads) {
-    int team = rows * width < 32768 ? 1 : (int)threads;
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-    for (int64_t r = 0; r < rows; r++) {
-        if (dtype == BFLOAT16 && function == SILU) row(gate_up, y, r, width, BFLOAT16, SILU);
-        else if (dtype == BFLOAT16) row(gate_up, y, r, width, BFLOAT16, GELU_TANH);
-        else if (function == SILU) row(gate_up, y, r, width, FLOAT32, SILU);
-        else row(gate_up, y, r, width, FLOAT32, GELU_TANH);
+typedef struct {
+    const void *gate_up;
+    void *y;
+    int64_t rows, width, strip;
+    int dtype, function;
+} Activation;
+
+static void strip_chunk(const void *argument, int64_t chunk) {
+    const Activation *job = argument;
+    int64_t end = (chunk + 1) * job->strip < job->rows ? (chunk + 1) * job->strip : job->rows;
+    for (int64_t r = chunk * job->strip; r < end; r++) {
+        if (job->dtype == BFLOAT16 && job->function == SILU) row(job->gate_up, job->y, r, job->width, BFLOAT16, SILU);
+        else if (job->dtype == BFLOAT16) row(job->gate_up, job->y, r, job->width, BFLOAT16, GELU_TANH);
+        else if (job->function == SILU) row(job->gate_up, job->y, r, job->width, FLOAT32, SILU);
+        else row(job->gate_up, job->y, r, job->width, FLOAT32, GELU_TANH);
     }
+}
+
+/* gate_up, y; rows, width; dtype, function; threads. */
+int64_t tandem_gated_activation(const Arg *a) {
+    Activation job = {a[0].p, a[1].p, a[2].i, a[3].i, strip_of(a[3].i), (int)a[4].i, (int)a[5].i};
+    team_run(a[6].i, (job.rows + job.strip - 1) / job.strip, strip_chunk, &job);
     return 0;
 }
 
-/* The exponential alone, for the test of its accuracy. */
-int64_t tandem_exp(const float *x, float *y, int64_t count) {
-    for (int64_t i = 0; i < count; i += VL) {
+/* The exponential alone, for the test of its accuracy: x, y; count. */
+int64_t tandem_exp(const Arg *a) {
+    const float *x = a[0].p;
+    float *y = a[1].p;
+    for (int64_t i = 0; i < a[2].i; i += VL) {
         vf value = {0};
-        size_t bytes = (size_t)(count - i < VL ? count - i : VL) * sizeof(float);
+        size_t bytes = (size_t)(a[2].i - i < VL ? a[2].i - i : VL) * sizeof(float);
         memcpy(&value, x + i, bytes);
         value = vf_exp(value);
         memcpy(y + i, &value, bytes);

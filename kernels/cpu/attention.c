@@ -7,9 +7,8 @@
  * Lanes run over keys for q k^T and over dimensions for p v, and the sums over dimensions and over keys go in order, so the
  * operations of a row are the same ones however many rows share a tile in registers and however many threads run.
  */
-#include <stdlib.h>
-
 #include "simd.h"
+#include "team.h"
 
 enum {
     TILE = 64,    /* keys packed at a time; positions [TILE * i, TILE * i + TILE) */
@@ -276,27 +275,27 @@ static void softmax_row(float *scores, int64_t begin, int64_t end, float *m, flo
 }
 
 /* The (m, l, o) of each row over its keys within [begin, end), which lies within one split. */
-static void attend(const Call *call, const Item *item, int64_t begin, int64_t end, Scratch *scratch, State state) {
+static void attend(const Call *call, const Item *item, int64_t begin, int64_t end, Scratch *own, State state) {
     int64_t rows = (int64_t)item->num_tokens * item->num_heads, head_dim = call->head_dim, padded_dim = padded(head_dim);
     memset(state.o, 0, (size_t)(rows * padded_dim) * sizeof(float));
     memset(state.l, 0, (size_t)rows * sizeof(float));
     for (int64_t r = 0; r < rows; r++) state.m[r] = -INFINITY;
     int64_t first_tile = begin / TILE * TILE;
-    locate(call, item, first_tile, begin - first_tile, smaller(end - first_tile, TILE), &scratch->rows[first_tile / TILE % 2]);
+    locate(call, item, first_tile, begin - first_tile, smaller(end - first_tile, TILE), &own->rows[first_tile / TILE % 2]);
     for (int64_t tile = first_tile; tile < end; tile += TILE) {
         int64_t first = larger(begin - tile, 0), last = smaller(end - tile, TILE), ahead = larger(smaller(end - tile - TILE, TILE), 0);
-        Rows *here = &scratch->rows[tile / TILE % 2], *next = &scratch->rows[(tile / TILE + 1) % 2];
+        Rows *here = &own->rows[tile / TILE % 2], *next = &own->rows[(tile / TILE + 1) % 2];
         locate(call, item, tile + TILE, 0, ahead, next);
         if (call->dtype == BFLOAT16) {
-            pack_keys(scratch->keys, here, first, last, next, ahead, head_dim, BFLOAT16);
-            pack_values(scratch->values, here, first, last, head_dim, BFLOAT16);
+            pack_keys(own->keys, here, first, last, next, ahead, head_dim, BFLOAT16);
+            pack_values(own->values, here, first, last, head_dim, BFLOAT16);
         } else {
-            pack_keys(scratch->keys, here, first, last, next, ahead, head_dim, FLOAT32);
-            if (padded_dim != head_dim) pack_values(scratch->values, here, first, last, head_dim, FLOAT32);
+            pack_keys(own->keys, here, first, last, next, ahead, head_dim, FLOAT32);
+            if (padded_dim != head_dim) pack_values(own->values, here, first, last, head_dim, FLOAT32);
         }
         for (int64_t g = 0; g < rows; g += GROUP) {
             int n = (int)smaller(GROUP, rows - g);
-            float *scores = scratch->scores + g * TILE, *o = state.o + g * padded_dim;
+            float *scores = own->scores + g * TILE, *o = state.o + g * padded_dim;
             int64_t from[GROUP], to[GROUP], common_from = 0, common_to = TILE, any = 0;
             for (int r = 0; r < n; r++) {
                 from[r] = larger(row_begin(call, item, g + r) - tile, first);
@@ -306,7 +305,7 @@ static void attend(const Call *call, const Item *item, int64_t begin, int64_t en
                 common_to = smaller(common_to, to[r]);
             }
             if (!any) continue;
-            scores_of(n, first / VL, (last + VL - 1) / VL, head_dim, scratch->q + g * head_dim, scratch->keys, scores);
+            scores_of(n, first / VL, (last + VL - 1) / VL, head_dim, own->q + g * head_dim, own->keys, scores);
             for (int r = 0; r < n; r++)
                 if (from[r] < to[r])
                     softmax_row(scores + r * TILE, from[r], to[r], &state.m[g + r], &state.l[g + r], o + r * padded_dim, padded_dim);
@@ -370,19 +369,19 @@ static void store(const Call *call, const Item *item, State total) {
 
 INLINE int64_t num_splits(const Item *item) { return (item->end - 1) / SPLIT - item->begin / SPLIT + 1; }
 
-INLINE void attend_split(const Call *call, const Item *item, int64_t split, Scratch *scratch, State state) {
+INLINE void attend_split(const Call *call, const Item *item, int64_t split, Scratch *own, State state) {
     int64_t begin = larger(item->begin, split * SPLIT), end = smaller(item->end, (split + 1) * SPLIT);
-    attend(call, item, begin, end, scratch, state);
+    attend(call, item, begin, end, own, state);
 }
 
-static void whole_item(const Call *call, const Item *item, Scratch *scratch) {
-    load_queries(call, item, scratch->q);
+static void whole_item(const Call *call, const Item *item, Scratch *own) {
+    load_queries(call, item, own->q);
     int64_t first = item->begin / SPLIT;
     for (int64_t split = first; split < first + num_splits(item); split++) {
-        attend_split(call, item, split, scratch, split == first ? scratch->total : scratch->part);
-        if (split > first) merge(call, item, split * SPLIT, (split + 1) * SPLIT, scratch->total, scratch->part);
+        attend_split(call, item, split, own, split == first ? own->total : own->part);
+        if (split > first) merge(call, item, split * SPLIT, (split + 1) * SPLIT, own->total, own->part);
     }
-    store(call, item, scratch->total);
+    store(call, item, own->total);
 }
 
 /* Partial results in one buffer of num_partials states of ROWS rows. */
@@ -391,13 +390,13 @@ static State partial_state(float *partials, int64_t index, int64_t padded_dim) {
     return (State){base, base + ROWS * padded_dim, base + ROWS * padded_dim + ROWS};
 }
 
-static void one_split(const Call *call, const Item *items, int64_t num_items, int64_t index, float *partials, Scratch *scratch) {
+static void one_split(const Call *call, const Item *items, int64_t num_items, int64_t index, float *partials, Scratch *own) {
     int64_t i = num_items - 1;
     while (items[i].first_partial > index) i--;
     const Item *item = &items[i];
-    load_queries(call, item, scratch->q);
+    load_queries(call, item, own->q);
     int64_t split = item->begin / SPLIT + index - item->first_partial;
-    attend_split(call, item, split, scratch, partial_state(partials, index, padded(call->head_dim)));
+    attend_split(call, item, split, own, partial_state(partials, index, padded(call->head_dim)));
 }
 
 static void merge_item(const Call *call, const Item *item, float *partials) {
@@ -427,16 +426,40 @@ static int64_t list_items(const Call *call, int64_t num_seqs, Item *items) {
     return count;
 }
 
-/* Returns 0, -1 without memory, or 1 + the first sequence whose lengths or block table are out of range (nothing is written). */
-int64_t tandem_paged_attention(const void *q, const void *k_cache, const void *v_cache, void *out, const int32_t *cu_seqlens,
-                               const int32_t *context_lens, const int32_t *block_tables, int64_t num_tokens, int64_t num_seqs,
-                               int64_t max_blocks, int64_t table_stride, int64_t num_blocks, int64_t block_tokens,
-                               int64_t k_block, int64_t k_head, int64_t k_token, int64_t v_block, int64_t v_head,
-                               int64_t v_token, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t window,
-                               double scale, int64_t dtype, int64_t threads) {
-    const Call call = {q, k_cache, v_cache, out, cu_seqlens, context_lens, block_tables, table_stride, k_block, k_head,
-                       k_token, v_block, v_head, v_token, num_heads, num_kv_heads, head_dim, block_tokens, window,
-                       (float)scale, (int)dtype};
+typedef struct {
+    const Call *call;
+    const Item *items;
+    int64_t num_items;
+    float *partials; /* NULL: whole items are shared out, and not their splits */
+} Share;
+
+static void share_chunk(const void *argument, int64_t chunk) {
+    const Share *share = argument;
+    const Call *call = share->call;
+    int64_t head_dim = call->head_dim, padded_dim = padded(head_dim);
+    float queries[ROWS * head_dim] __attribute__((aligned(64))), keys[TILE * head_dim] __attribute__((aligned(64)));
+    float values[TILE * padded_dim] __attribute__((aligned(64))), scores[ROWS * TILE] __attribute__((aligned(64)));
+    float outputs[2][ROWS * padded_dim] __attribute__((aligned(64))), maxima[2][ROWS], sums[2][ROWS];
+    Scratch own = {queries, keys, values, scores, {outputs[0], maxima[0], sums[0]}, {outputs[1], maxima[1], sums[1]}, {{{0}, {0}}}};
+    /* Lanes beyond the last key and dimension are computed and dropped; zeros keep them free of denormals. */
+    memset(keys, 0, sizeof keys);
+    if (padded_dim != head_dim) memset(values, 0, sizeof values);
+    if (share->partials) one_split(call, share->items, share->num_items, chunk, share->partials, &own);
+    else whole_item(call, &share->items[share->num_items - 1 - chunk], &own);
+}
+
+/* q, k_cache, v_cache, out, cu_seqlens, context_lens, block_tables; num_tokens, num_seqs, max_blocks, table_stride,
+ * num_blocks, block_tokens; strides of both caches; num_heads, num_kv_heads, head_dim, window; scale; dtype, threads.
+ * Returns 0, -1 without memory, or 1 + the first sequence whose lengths or block table are out of range, num_seqs + 1 for the
+ * ends of cu_seqlens (nothing is written then). */
+int64_t tandem_paged_attention(const Arg *a) {
+    const int32_t *cu_seqlens = a[4].p, *context_lens = a[5].p, *block_tables = a[6].p;
+    int64_t num_tokens = a[7].i, num_seqs = a[8].i, max_blocks = a[9].i, table_stride = a[10].i, num_blocks = a[11].i;
+    int64_t block_tokens = a[12].i, window = a[22].i, threads = a[25].i;
+    const Call call = {
+        a[0].p, a[1].p, a[2].p, a[3].p, cu_seqlens, context_lens, block_tables, table_stride, a[13].i, a[14].i, a[15].i, a[16].i,
+        a[17].i, a[18].i, a[19].i, a[20].i, a[21].i, block_tokens, window, (float)a[23].d, (int)a[24].i,
+    };
     int64_t work = 0;
     if (cu_seqlens[0] != 0 || cu_seqlens[num_seqs] != num_tokens) return num_seqs + 1;
     for (int64_t s = 0; s < num_seqs; s++) {
@@ -448,45 +471,27 @@ int64_t tandem_paged_attention(const void *q, const void *k_cache, const void *v
             int32_t block = block_tables[s * table_stride + i];
             if (block < 0 || block >= num_blocks) return s + 1;
         }
-        work += length * (context - oldest) * num_heads * head_dim;
+        work += length * (context - oldest) * call.num_heads * call.head_dim;
     }
-    int team = work < 200000 ? 1 : (int)threads;
+    if (work < 200000) threads = 1;
     int64_t num_items = list_items(&call, num_seqs, NULL), num_partials = 0;
     if (num_items == 0) return 0;
-    Item *items = malloc((size_t)num_items * sizeof(Item));
+    Item *items = scratch(SCRATCH_ATTENTION, (size_t)num_items * sizeof(Item));
     if (!items) return -1;
     list_items(&call, num_seqs, items);
     for (int64_t i = 0; i < num_items; i++) {
         items[i].first_partial = num_partials;
         num_partials += num_splits(&items[i]);
     }
+    Share share = {&call, items, num_items, NULL};
     /* With few items and long contexts the splits are what threads share out; the arithmetic is the same. */
-    int by_split = team > 1 && num_items < 4 * team && num_partials > num_items;
-    int64_t padded_dim = padded(head_dim), next = 0;
-    float *partials = NULL;
-    if (by_split && !(partials = malloc((size_t)(num_partials * ROWS * (padded_dim + 2)) * sizeof(float)))) {
-        free(items);
-        return -1;
+    if (threads > 1 && num_items < 4 * threads && num_partials > num_items) {
+        share.partials = scratch(SCRATCH_PARTIALS, (size_t)(num_partials * ROWS * (padded(call.head_dim) + 2)) * sizeof(float));
+        if (!share.partials) return -1;
+        team_run(threads, num_partials, share_chunk, &share);
+        for (int64_t i = 0; i < num_items; i++) merge_item(&call, &items[i], share.partials);
+    } else {
+        team_run(threads, num_items, share_chunk, &share);
     }
-#pragma omp parallel num_threads(team) if (team > 1)
-    {
-        float queries[ROWS * head_dim] __attribute__((aligned(64))), keys[TILE * head_dim] __attribute__((aligned(64)));
-        float values[TILE * padded_dim] __attribute__((aligned(64))), scores[ROWS * TILE] __attribute__((aligned(64)));
-        float outputs[2][ROWS * padded_dim] __attribute__((aligned(64))), maxima[2][ROWS], sums[2][ROWS];
-        Scratch scratch = {queries, keys, values, scores, {outputs[0], maxima[0], sums[0]}, {outputs[1], maxima[1], sums[1]}, {{{0}, {0}}}};
-        /* Lanes beyond the last key and dimension are computed and dropped; zeros keep them free of denormals. */
-        memset(keys, 0, sizeof keys);
-        if (padded_dim != head_dim) memset(values, 0, sizeof values);
-        for (;;) {
-            int64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-            if (i >= (by_split ? num_partials : num_items)) break;
-            if (by_split) one_split(&call, items, num_items, i, partials, &scratch);
-            else whole_item(&call, &items[num_items - 1 - i], &scratch);
-        }
-    }
-    if (by_split)
-        for (int64_t i = 0; i < num_items; i++) merge_item(&call, &items[i], partials);
-    free(partials);
-    free(items);
     return 0;
 }

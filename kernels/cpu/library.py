@@ -1,4 +1,10 @@
-"""Compiles kernels/cpu/*.c with gcc at first use and loads the result with ctypes, which releases the GIL in each call.
+"""Compiles kernels/cpu/*.c with gcc at first use, calls its ops through ctypes (without the GIL), and records calls.
+
+    call("tandem_gather", table.data_ptr(), rows.data_ptr(), out.data_ptr(), 4, 100, 1152)
+
+    with record() as replay:       # what is called is written down, and does not run
+        forward(static_inputs)
+    replay()                       # runs it, in order, by one call into C
 
 The library is cached as `$XDG_CACHE_HOME/tandem/kernels/<hash>.so`, the hash being of the sources, the flags, the
 compiler's version and the CPU's features, so that an edit, another compiler or another host builds its own.
@@ -12,33 +18,84 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-import torch  # noqa: F401 - loads its OpenMP runtime, which the library then shares
+from typing import Any
 
 SOURCE_DIR = Path(__file__).parent
 # -ffp-contract=off: sums are fused only where the source says so, which is what makes a row's bits its own (simd.h).
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fPIC", "-Wno-psabi")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-pthread", "-ffp-contract=off", "-fPIC", "-Wno-psabi")
 
 _lock = threading.Lock()
-_CTYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
+_recorder = threading.local()  # what `record` fills, on the thread that records
 
 
-@functools.cache
-def function(name: str, arguments: str) -> Callable[..., int]:
-    """The C function `name`, returning an int64. `arguments` has one letter each: p pointer, i int64, d double.
+def call(name: str, *arguments: float | None) -> int:
+    """Calls the op `name` and returns what it returns: 0, or what is wrong. None is a null pointer.
 
     Raises RuntimeError when the library cannot be built.
     """
+    op = _op(name)
+    packed = (ctypes.c_int64 * len(arguments))(*map(_word, arguments))
+    calls = getattr(_recorder, "calls", None)
+    if calls is None:
+        return op(packed)
+    calls.append((op, packed))
+    return 0
+
+
+class Replay:
+    """Calls of ops, to be repeated with the same arguments. What these point to must outlive it."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ctypes.Array[ctypes.c_int64]]] = []  # the C function and its arguments
+        self._arguments: ctypes.Array[ctypes.c_int64] | None = None
+
+    def __call__(self) -> None:
+        """Raises RuntimeError naming the op that refused its arguments; those before it have run."""
+        if self._arguments is None:
+            words = [
+                word
+                for op, packed in self.calls
+                for word in (ctypes.cast(op, ctypes.c_void_p).value, ctypes.addressof(packed))
+            ]
+            self._list = (ctypes.c_int64 * len(words))(*words)
+            self._arguments = (ctypes.c_int64 * 2)(ctypes.addressof(self._list), len(self.calls))
+        failed = _op("tandem_replay")(self._arguments)
+        if failed:
+            op, _ = self.calls[failed - 1]
+            raise RuntimeError(f"call {failed} of {len(self.calls)}, {op.__name__}, refused its arguments")
+
+
+@contextmanager
+def record() -> Iterator[Replay]:
+    """Writes down the ops that this thread calls instead of running them. Nothing else becomes part of the replay."""
+    replay = Replay()
+    _recorder.calls = replay.calls
+    try:
+        yield replay
+    finally:
+        _recorder.calls = None
+
+
+def _word(argument: float | None) -> int:
+    if type(argument) is int:
+        return argument
+    return 0 if argument is None else struct.unpack("q", struct.pack("d", argument))[0]
+
+
+@functools.cache
+def _op(name: str) -> Any:
     with _lock:
-        symbol = getattr(_library(), name)
-    symbol.argtypes = [_CTYPES[letter] for letter in arguments]
-    symbol.restype = ctypes.c_int64
-    return symbol
+        op = getattr(_library(), name)
+    op.argtypes = [ctypes.c_void_p]
+    op.restype = ctypes.c_int64
+    return op
 
 
 @functools.cache
@@ -68,7 +125,7 @@ def _fingerprint(compiler: str, sources: list[Path]) -> str:
     for path in [*sources, *sorted(SOURCE_DIR.glob("*.h"))]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    for part in (version, " ".join(FLAGS).encode(), _cpu_features().encode(), str(_openmp_runtime()).encode()):
+    for part in (version, " ".join(FLAGS).encode(), _cpu_features().encode()):
         digest.update(part + b"\0")
     return digest.hexdigest()[:32]
 
@@ -82,15 +139,6 @@ def _cpu_features() -> str:
     return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
 
 
-def _openmp_runtime() -> Path | None:
-    """The libgomp that torch has loaded. Linked against the same file, our loops run on torch's own thread pool."""
-    try:
-        mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-    except OSError:
-        return None
-    return next((Path(path) for path in sorted(mapped) if Path(path).name.startswith("libgomp")), None)
-
-
 def _compile(compiler: str, sources: list[Path], target: Path) -> None:
     """Compiles each source beside the others, links, and renames: readers see the whole library or none."""
     try:
@@ -102,10 +150,8 @@ def _compile(compiler: str, sources: list[Path], target: Path) -> None:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
         pairs = zip(sources, objects, strict=True)
         _run([[compiler, *FLAGS, "-c", str(source), "-o", str(made)] for source, made in pairs])
-        runtime = _openmp_runtime()
-        openmp = [str(runtime)] if runtime else ["-fopenmp"]
         library = Path(folder) / target.name
-        _run([[compiler, "-shared", *map(str, objects), *openmp, "-lm", "-o", str(library)]])
+        _run([[compiler, "-shared", *map(str, objects), "-pthread", "-lm", "-o", str(library)]])
         library.replace(target)
 
 

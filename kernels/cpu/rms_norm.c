@@ -1,6 +1,7 @@
 /* y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, optionally after new_residual = x + residual.
  * The sum of squares runs in LANES lanes, so a row's bits depend only on the row. */
 #include "simd.h"
+#include "team.h"
 
 INLINE void row(const void *x, const void *residual, const void *weight, void *y, void *residual_out, int64_t start,
                 int64_t width, float eps, int dtype, int weight_dtype) {
@@ -24,15 +25,28 @@ INLINE void row(const void *x, const void *residual, const void *weight, void *y
     }
 }
 
-int64_t tandem_rms_norm(const void *x, const void *residual, const void *weight, void *y, void *residual_out, int64_t rows,
-                     int64_t width, double eps, int64_t dtype, int64_t weight_dtype, int64_t threads) {
-    int team = rows * width < 65536 ? 1 : (int)threads;
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-    for (int64_t r = 0; r < rows; r++) {
-        if (dtype == BFLOAT16)
-            row(x, residual, weight, y, residual_out, r * width, width, (float)eps, BFLOAT16, (int)weight_dtype);
+typedef struct {
+    const void *x, *residual, *weight;
+    void *y, *residual_out;
+    int64_t rows, width, strip;
+    float eps;
+    int dtype, weight_dtype;
+} Norm;
+
+static void strip_chunk(const void *argument, int64_t chunk) {
+    const Norm *job = argument;
+    int64_t end = (chunk + 1) * job->strip < job->rows ? (chunk + 1) * job->strip : job->rows, width = job->width;
+    for (int64_t r = chunk * job->strip; r < end; r++) {
+        if (job->dtype == BFLOAT16)
+            row(job->x, job->residual, job->weight, job->y, job->residual_out, r * width, width, job->eps, BFLOAT16, job->weight_dtype);
         else
-            row(x, residual, weight, y, residual_out, r * width, width, (float)eps, FLOAT32, (int)weight_dtype);
+            row(job->x, job->residual, job->weight, job->y, job->residual_out, r * width, width, job->eps, FLOAT32, job->weight_dtype);
     }
+}
+
+/* x, residual or NULL, weight, y, new residual or NULL; rows, width; eps; dtypes of x and weight; threads. */
+int64_t tandem_rms_norm(const Arg *a) {
+    Norm job = {a[0].p, a[1].p, a[2].p, a[3].p, a[4].p, a[5].i, a[6].i, strip_of(a[6].i), (float)a[7].d, (int)a[8].i, (int)a[9].i};
+    team_run(a[10].i, (job.rows + job.strip - 1) / job.strip, strip_chunk, &job);
     return 0;
 }

@@ -1,6 +1,7 @@
 /* Splits a fused qkv row into heads, optionally RMS-normalises each q and k head, rotates q and k by their position
  * (rotate-half), and writes k and v into the paged cache and q into its own buffer. */
 #include "simd.h"
+#include "team.h"
 
 typedef struct {
     const void *weight; /* [head_dim] or NULL: no norm */
@@ -40,44 +41,57 @@ INLINE void head(const void *x, int64_t start, void *y, int64_t y_start, int64_t
     }
 }
 
-INLINE void token(const void *qkv, const float *cos_sin, int64_t position, int64_t slot, int64_t t, void *q, void *k_cache,
-                  void *v_cache, const int64_t k_strides[3], const int64_t v_strides[3], int64_t num_heads,
-                  int64_t num_kv_heads, int64_t head_dim, int64_t rotary, int64_t block_tokens, HeadNorm q_norm,
-                  HeadNorm k_norm, int dtype) {
-    const float *cosine = cos_sin + position * rotary, *sine = cosine + rotary / 2;
-    int64_t start = t * (num_heads + 2 * num_kv_heads) * head_dim;
-    int64_t block = slot / block_tokens, offset = slot % block_tokens;
-    for (int64_t h = 0; h < num_heads; h++, start += head_dim)
-        head(qkv, start, q, (t * num_heads + h) * head_dim, head_dim, rotary, cosine, sine, q_norm, dtype);
-    for (int64_t h = 0; h < num_kv_heads; h++, start += head_dim)
-        head(qkv, start, k_cache, block * k_strides[0] + h * k_strides[1] + offset * k_strides[2], head_dim, rotary, cosine,
-             sine, k_norm, dtype);
-    for (int64_t h = 0; h < num_kv_heads; h++, start += head_dim)
-        memcpy((void *)at(v_cache, block * v_strides[0] + h * v_strides[1] + offset * v_strides[2], dtype),
-               at(qkv, start, dtype), (size_t)(head_dim * bytes_of(dtype)));
+typedef struct {
+    const void *qkv;
+    const float *cos_sin;
+    const int32_t *positions;
+    const int64_t *slots;
+    void *q, *k_cache, *v_cache;
+    int64_t k_strides[3], v_strides[3]; /* of blocks, heads, tokens */
+    int64_t tokens, num_heads, num_kv_heads, head_dim, rotary, block_tokens, strip;
+    HeadNorm q_norm, k_norm;
+    int dtype;
+} Rope;
+
+INLINE void token(const Rope *job, int64_t t, int dtype) {
+    int64_t head_dim = job->head_dim, rotary = job->rotary;
+    const float *cosine = job->cos_sin + job->positions[t] * rotary, *sine = cosine + rotary / 2;
+    int64_t start = t * (job->num_heads + 2 * job->num_kv_heads) * head_dim;
+    int64_t block = job->slots[t] / job->block_tokens, offset = job->slots[t] % job->block_tokens;
+    for (int64_t h = 0; h < job->num_heads; h++, start += head_dim)
+        head(job->qkv, start, job->q, (t * job->num_heads + h) * head_dim, head_dim, rotary, cosine, sine, job->q_norm, dtype);
+    const int64_t *k = job->k_strides, *v = job->v_strides;
+    for (int64_t h = 0; h < job->num_kv_heads; h++, start += head_dim)
+        head(job->qkv, start, job->k_cache, block * k[0] + h * k[1] + offset * k[2], head_dim, rotary, cosine, sine, job->k_norm, dtype);
+    for (int64_t h = 0; h < job->num_kv_heads; h++, start += head_dim)
+        memcpy((void *)at(job->v_cache, block * v[0] + h * v[1] + offset * v[2], dtype), at(job->qkv, start, dtype),
+               (size_t)(head_dim * bytes_of(dtype)));
 }
 
-/* Returns 0, or 1 + the first token whose position or slot is out of range (nothing is written then). */
-int64_t tandem_rope_and_cache(const void *qkv, const float *cos_sin, const int32_t *positions, const int64_t *slots, void *q,
-                              void *k_cache, void *v_cache, int64_t k_block, int64_t k_head, int64_t k_token,
-                              int64_t v_block, int64_t v_head, int64_t v_token, int64_t tokens, int64_t num_heads,
-                              int64_t num_kv_heads, int64_t head_dim, int64_t rotary, int64_t max_positions,
-                              int64_t num_blocks, int64_t block_tokens, const void *q_weight, const void *k_weight,
-                              double eps, int64_t norm_dtype, int64_t dtype, int64_t threads) {
-    for (int64_t t = 0; t < tokens; t++)
-        if (positions[t] < 0 || positions[t] >= max_positions || slots[t] < 0 || slots[t] >= num_blocks * block_tokens)
-            return t + 1;
-    const int64_t k_strides[3] = {k_block, k_head, k_token}, v_strides[3] = {v_block, v_head, v_token};
-    HeadNorm q_norm = {q_weight, (int)norm_dtype, (float)eps}, k_norm = {k_weight, (int)norm_dtype, (float)eps};
-    int team = tokens * (num_heads + 2 * num_kv_heads) * head_dim < 65536 ? 1 : (int)threads;
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-    for (int64_t t = 0; t < tokens; t++) {
-        if (dtype == BFLOAT16)
-            token(qkv, cos_sin, positions[t], slots[t], t, q, k_cache, v_cache, k_strides, v_strides, num_heads,
-                  num_kv_heads, head_dim, rotary, block_tokens, q_norm, k_norm, BFLOAT16);
-        else
-            token(qkv, cos_sin, positions[t], slots[t], t, q, k_cache, v_cache, k_strides, v_strides, num_heads,
-                  num_kv_heads, head_dim, rotary, block_tokens, q_norm, k_norm, FLOAT32);
+static void strip_chunk(const void *argument, int64_t chunk) {
+    const Rope *job = argument;
+    int64_t end = (chunk + 1) * job->strip < job->tokens ? (chunk + 1) * job->strip : job->tokens;
+    for (int64_t t = chunk * job->strip; t < end; t++) {
+        if (job->dtype == BFLOAT16) token(job, t, BFLOAT16);
+        else token(job, t, FLOAT32);
     }
+}
+
+/* qkv, cos_sin, positions, slots, q, k_cache, v_cache; strides of both caches; tokens, num_heads, num_kv_heads, head_dim,
+ * rotary, max_positions, num_blocks, block_tokens; q_norm and k_norm or NULL; eps; dtypes of the norms and the rest; threads.
+ * Returns 0, or 1 + the first token whose position or slot is out of range (nothing is written then). */
+int64_t tandem_rope_and_cache(const Arg *a) {
+    const int32_t *positions = a[2].p;
+    const int64_t *slots = a[3].p;
+    int64_t tokens = a[13].i, max_positions = a[18].i, num_slots = a[19].i * a[20].i;
+    for (int64_t t = 0; t < tokens; t++)
+        if (positions[t] < 0 || positions[t] >= max_positions || slots[t] < 0 || slots[t] >= num_slots) return t + 1;
+    float eps = (float)a[23].d;
+    Rope job = {
+        a[0].p, a[1].p, positions, slots, a[4].p, a[5].p, a[6].p, {a[7].i, a[8].i, a[9].i}, {a[10].i, a[11].i, a[12].i},
+        tokens, a[14].i, a[15].i, a[16].i, a[17].i, a[20].i, strip_of((a[14].i + 2 * a[15].i) * a[16].i),
+        {a[21].p, (int)a[24].i, eps}, {a[22].p, (int)a[24].i, eps}, (int)a[25].i,
+    };
+    team_run(a[26].i, (tokens + job.strip - 1) / job.strip, strip_chunk, &job);
     return 0;
 }

@@ -18,6 +18,7 @@
 #define VL 16
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
 #define vf_set1(x) ((vf)_mm512_set1_ps(x))
 #define vf_fma(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define vf_max(a, b) ((vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
@@ -26,6 +27,7 @@ typedef int32_t vi __attribute__((vector_size(64)));
 #define VL 8
 typedef float vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));
+typedef uint32_t vu __attribute__((vector_size(32)));
 #define vf_set1(x) ((vf)_mm256_set1_ps(x))
 #define vf_fma(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define vf_max(a, b) ((vf)_mm256_max_ps((__m256)(a), (__m256)(b)))
@@ -33,10 +35,42 @@ typedef int32_t vi __attribute__((vector_size(32)));
 #define VL 8
 typedef float vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));
+typedef uint32_t vu __attribute__((vector_size(32)));
 INLINE vf vf_set1(float x) { return (vf){x, x, x, x, x, x, x, x}; }
 INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 INLINE vf vf_max(vf a, vf b) { vi first = a > b; return (vf)((first & (vi)a) | (~first & (vi)b)); }
 #endif
+
+/* VL bfloat16 as float32. */
+INLINE vf vf_widen(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#elif defined(__AVX2__)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#else
+    vf wide;
+    for (int i = 0; i < VL; i++) {
+        uint32_t bits = (uint32_t)p[i] << 16;
+        float value;
+        memcpy(&value, &bits, sizeof value);
+        wide[i] = value;
+    }
+    return wide;
+#endif
+}
+
+/* VL int8 as float32. */
+INLINE vf vf_widen8(const int8_t *p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    vf wide;
+    for (int i = 0; i < VL; i++) wide[i] = (float)p[i];
+    return wide;
+#endif
+}
 
 #define LANES 16 /* partial sums of a reduction, on every instruction set */
 
@@ -50,6 +84,7 @@ enum { FLOAT32 = 0, BFLOAT16 = 1 };
 INLINE v8 v8_load(const float *p) { v8 x; memcpy(&x, p, sizeof x); return x; }
 INLINE void v8_store(float *p, v8 x) { memcpy(p, &x, sizeof x); }
 INLINE vf vf_load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
+INLINE vi vi_load(const void *p) { vi x; memcpy(&x, p, sizeof x); return x; }
 INLINE void vf_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 INLINE v8 v8_set1(float x) { return (v8){x, x, x, x, x, x, x, x}; }
 

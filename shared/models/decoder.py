@@ -4,74 +4,101 @@ Each op gives a row the same bits whatever rows are beside it, so logits do not 
 chunked or cached.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kernels.activation import gated_gelu_tanh, gated_silu
 from kernels.attention import paged_attention
+from kernels.gather import gather
 from kernels.linear import linear
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_and_cache
 from shared.batch import RaggedBatch
-from shared.checkpoint import Checkpoint
 from shared.kv_cache import KvCache
 from shared.models.architecture import Architecture
 from shared.models.rope import cos_sin_table
-from shared.models.weights import LayerWeights, load_weights
+from shared.models.weights import DecoderWeights, LayerWeights
+from shared.workspace import Workspace
 
 _ACTIVATIONS = {"silu": gated_silu, "gelu_tanh": gated_gelu_tanh}
+
+
+@dataclass(frozen=True)
+class _Take:
+    """The model's own dtype for what is taken from a workspace."""
+
+    workspace: Workspace
+    dtype: torch.dtype
+
+    def __call__(self, name: str, rows: int, width: int) -> Tensor:
+        return self.workspace.take(name, rows, width, self.dtype)
 
 
 class Decoder:
     """A loaded model. Not for two threads at once."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        checkpoint: Checkpoint,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        """Loads and packs the weights; the checkpoint is not needed afterwards.
-
-        Raises CheckpointError if its parameters do not fit the architecture.
-        """
+    def __init__(self, architecture: Architecture, weights: DecoderWeights) -> None:
+        """It computes in the weights' dtype, where they lie."""
         self.architecture = architecture
-        self.dtype = dtype
-        self._weights = load_weights(architecture, checkpoint, dtype=dtype, device=device)
+        self.dtype, device = weights.embedding.dtype, weights.embedding.device
+        self._weights = weights
         table = cos_sin_table(architecture.rope, architecture.head_dim, architecture.max_context)
         self._cos_sin = table.to(device)
         self._activation = _ACTIVATIONS[architecture.activation]
+        self._workspace = Workspace(device)
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a forward is made of recordable ops alone, so that it can be replayed."""
+        return self._weights.recordable
 
     @torch.inference_mode()
-    def forward(self, batch: RaggedBatch, kv: KvCache) -> Tensor:
+    def forward(self, batch: RaggedBatch, kv: KvCache, workspace: Workspace | None = None) -> Tensor:
         """Writes the tokens' keys and values into the cache; float32 logits [len(batch.logit_rows), vocab].
 
-        A position must lie below the architecture's max_context.
+        With a workspace of the caller's, activations and logits lie there, and the next forward overwrites them. A
+        position must lie below the architecture's max_context.
         """
-        weights, eps = self._weights, self.architecture.norm_eps
-        residual = weights.embedding[batch.token_ids]  # [tokens, hidden]
-        x = rms_norm(residual, weights.layers[0].input_norm, eps)
+        a, weights, eps = self.architecture, self._weights, self.architecture.norm_eps
+        take = _Take(workspace or self._workspace, self.dtype)
+        rows = batch.num_tokens
+        residual = gather(weights.embedding, batch.token_ids, out=take("residual", rows, a.hidden_size))
+        x = rms_norm(residual, weights.layers[0].input_norm, eps, out=take("x", rows, a.hidden_size))
         last = len(weights.layers) - 1
         for index, layer in enumerate(weights.layers):
-            x = self._attention(x, layer, index, batch, kv)
+            attended = self._attention(x, layer, index, batch, kv, take)
             if index == last:  # what follows is row by row, and only these rows are read
-                if not batch.logit_rows.numel():
-                    return torch.empty(0, self.architecture.vocab_size)
-                x, residual = x[batch.logit_rows], residual[batch.logit_rows]
-            x, residual = add_rms_norm(linear(x, layer.output), residual, layer.mlp_norm, eps)
-            x = linear(self._activation(linear(x, layer.gate_up)), layer.down)
+                rows = len(batch.logit_rows)
+                if not rows:
+                    return torch.empty(0, a.vocab_size)
+                attended = gather(attended, batch.logit_rows, out=take("wanted", rows, attended.shape[1]))
+                residual = gather(residual, batch.logit_rows, out=take("wanted_residual", rows, a.hidden_size))
+                x = take("x", rows, a.hidden_size)
+            output = take("output", rows, a.hidden_size)
+            linear(attended, layer.output, out=output)
+            add_rms_norm(output, residual, layer.mlp_norm, eps, out=x, residual_out=residual)
+            gate_up = linear(x, layer.gate_up, out=take("gate_up", rows, 2 * a.intermediate_size))
+            linear(self._activation(gate_up, out=take("activated", rows, a.intermediate_size)), layer.down, out=output)
             next_norm = weights.final_norm if index == last else weights.layers[index + 1].input_norm
-            x, residual = add_rms_norm(x, residual, next_norm, eps)
-        return linear(x, weights.lm_head).to(torch.float32)
+            add_rms_norm(output, residual, next_norm, eps, out=x, residual_out=residual)
+        if workspace is None:
+            logits = torch.empty(rows, a.vocab_size)
+        else:
+            logits = workspace.take("logits", rows, a.vocab_size, torch.float32)
+        return linear(x, weights.lm_head, out=logits)
 
-    def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: RaggedBatch, kv: KvCache) -> Tensor:
+    def _attention(
+        self, x: Tensor, layer: LayerWeights, index: int, batch: RaggedBatch, kv: KvCache, take: _Take
+    ) -> Tensor:
         """Normed hidden states [tokens, hidden] → attended values [tokens, heads * head_dim]."""
-        a = self.architecture
+        a, rows = self.architecture, batch.num_tokens
         keys, values = kv.layer(index)
         q = rope_and_cache(
-            linear(x, layer.qkv),
+            linear(x, layer.qkv, out=take("qkv", rows, a.qkv_size)),
             self._cos_sin,
             batch.positions,
             batch.slots,
@@ -82,6 +109,7 @@ class Decoder:
             layer.q_norm,
             layer.k_norm,
             a.norm_eps,
+            out=take("q", rows, a.num_heads * a.head_dim).view(rows, a.num_heads, a.head_dim),
         )
         return paged_attention(
             q,
@@ -92,8 +120,9 @@ class Decoder:
             batch.block_tables,
             a.attention_scale,
             a.sliding_window[index],
+            out=take("attended", rows, a.num_heads * a.head_dim),
         )
 
     def close(self) -> None:
         """Lets go of the weights."""
-        del self._weights, self._cos_sin
+        del self._weights, self._cos_sin, self._workspace

@@ -1,17 +1,23 @@
 """The parameters of a decoder, taken from a checkpoint by the family's name table and packed for the ops."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from kernels.linear import LinearWeight, probe_row_invariance
+from kernels.linear import LinearWeight, Quantization, probe_row_invariance
 from shared.checkpoint import Checkpoint, CheckpointError, check_names
+from shared.config import QuantizationMode
 from shared.models.architecture import Architecture
 from shared.policies.table import POLICIES
 
 # Left over in old checkpoints: frequencies, which the config gives.
 _IGNORED = (r".*rotary_emb\.inv_freq",)
+# Input features that share a scale and an offset, as in GGUF's Q4_1, of which the default model's file is made. Groups
+# of 64 without offsets read a quarter less, and raised that model's perplexity by 40%.
+_INT4_GROUP, _INT4_GROUP_LEAST = 32, 8
 
 
 @dataclass(frozen=True)
@@ -35,27 +41,98 @@ class DecoderWeights:
     final_norm: Tensor  # [hidden]
     lm_head: LinearWeight  # [vocab, hidden]
 
+    @property
+    def recordable(self) -> bool:
+        """Whether every linear is recordable, and so can be stored and be part of a replay."""
+        return all(weight.recordable for weight in self._parts().values() if isinstance(weight, LinearWeight))
+
+    def probe(self) -> None:
+        """RuntimeError if this CPU's matmuls cannot keep a row's bits free of the rows beside it."""
+        first = self.layers[0]
+        for weight in (first.qkv, first.output, first.gate_up, first.down, self.lm_head):
+            probe_row_invariance(weight)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, to be stored. ValueError unless it is recordable."""
+        tensors: dict[str, Tensor] = {}
+        for name, part in self._parts().items():
+            if isinstance(part, LinearWeight):
+                tensors |= {f"{name}.{field}": tensor for field, tensor in part.tensors().items()}
+            else:
+                tensors[name] = part
+        return tensors
+
+    @classmethod
+    def from_tensors(
+        cls, architecture: Architecture, tensors: Mapping[str, Tensor], quantization: QuantizationMode = "none"
+    ) -> "DecoderWeights":
+        """What gave these tensors, over the same memory. quantization: what they were loaded with."""
+        shapes, dtype = _shapes(architecture), tensors["embedding"].dtype
+
+        def linear(name: str, shape: tuple[int, ...], how: Quantization | None) -> LinearWeight:
+            found = {field: tensors.get(f"{name}.{field}") for field in LinearWeight.FIELDS}
+            parts = {field: tensor for field, tensor in found.items() if tensor is not None}
+            return LinearWeight.from_tensors(parts, shape, dtype, how)
+
+        def of_layer(index: int, name: str) -> LinearWeight:
+            shape = shapes[f"{name}.weight"]
+            return linear(f"layers.{index}.{name}", shape, _quantization(quantization, shape[1]))
+
+        def layer(index: int) -> LayerWeights:
+            name = f"layers.{index}"
+            return LayerWeights(
+                input_norm=tensors[f"{name}.input_norm"],
+                qkv=of_layer(index, "qkv"),
+                q_norm=tensors.get(f"{name}.q_norm"),
+                k_norm=tensors.get(f"{name}.k_norm"),
+                output=of_layer(index, "output"),
+                mlp_norm=tensors[f"{name}.mlp_norm"],
+                gate_up=of_layer(index, "gate_up"),
+                down=of_layer(index, "down"),
+            )
+
+        return cls(
+            embedding=tensors["embedding"],
+            layers=tuple(layer(index) for index in range(architecture.num_layers)),
+            final_norm=tensors["final_norm"],
+            lm_head=linear("lm_head", shapes["embedding"], _lm_head_quantization(quantization)),
+        )
+
+    def _parts(self) -> dict[str, Tensor | LinearWeight]:
+        parts = {"embedding": self.embedding, "final_norm": self.final_norm, "lm_head": self.lm_head}
+        for index, layer in enumerate(self.layers):
+            for field in fields(layer):
+                if (part := getattr(layer, field.name)) is not None:
+                    parts[f"layers.{index}.{field.name}"] = part
+        return parts
+
 
 def load_weights(
-    architecture: Architecture, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantization: QuantizationMode = "none",
 ) -> DecoderWeights:
     """Reads parameter by parameter, so that at most one is held raw and packed at once.
 
-    Raises CheckpointError naming parameters that are missing, unexpected or of another shape than the config says, and
-    RuntimeError if this CPU's matmuls cannot keep a row's bits free of the rows beside it.
+    Raises CheckpointError naming parameters that are missing, unexpected or of another shape than the config says.
     """
-    weights = _Loader(architecture, checkpoint, dtype, device).load()
-    first = weights.layers[0]
-    for weight in (first.qkv, first.output, first.gate_up, first.down, weights.lm_head):
-        probe_row_invariance(weight)
-    return weights
+    return _Loader(architecture, checkpoint, dtype, device, quantization).load()
 
 
 class _Loader:
     def __init__(
-        self, architecture: Architecture, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str
+        self,
+        architecture: Architecture,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        quantization: QuantizationMode,
     ) -> None:
         self.architecture, self.checkpoint, self.dtype, self.device = architecture, checkpoint, dtype, device
+        self.quantization: QuantizationMode = quantization
         self.names = POLICIES[architecture.family].names
         self.shapes = _shapes(architecture)
 
@@ -68,7 +145,7 @@ class _Loader:
             embedding=embedding,
             layers=tuple(self._layer(layer) for layer in range(self.architecture.num_layers)),
             final_norm=self._tensor("final_norm"),
-            lm_head=self._packed(embedding if self.architecture.tie_embeddings else self._tensor("lm_head")),
+            lm_head=self._lm_head(embedding if self.architecture.tie_embeddings else self._tensor("lm_head")),
         )
 
     def _expected(self) -> set[str]:
@@ -94,10 +171,12 @@ class _Loader:
 
     def _linear(self, ours: str, layer: int) -> LinearWeight:
         bias = self._tensor(f"{ours}.bias", layer) if f"{ours}.bias" in self.shapes else None
-        return self._packed(self._tensor(f"{ours}.weight", layer), bias)
+        weight = self._tensor(f"{ours}.weight", layer)
+        return LinearWeight(weight, bias, _quantization(self.quantization, weight.shape[1]))
 
-    def _packed(self, weight: Tensor, bias: Tensor | None = None) -> LinearWeight:
-        return LinearWeight(weight, bias)
+    def _lm_head(self, weight: Tensor) -> LinearWeight:
+        # A tied embedding stays as it is for lookups, which read a row of it and not all.
+        return LinearWeight(weight, None, _lm_head_quantization(self.quantization))
 
     def _tensor(self, ours: str, layer: int = 0) -> Tensor:
         names = [name.format(layer=layer) for name in self.names[ours]]
@@ -108,6 +187,24 @@ class _Loader:
                 f"{' + '.join(names)}: rows and columns {list(tensor.shape)}, but config.json says {self.shapes[ours]}"
             )
         return tensor.contiguous()
+
+
+def packing_of(mode: QuantizationMode) -> str:
+    """How the weights of a mode are packed: another text for another form."""
+    return repr((_quantization(mode, 1 << 16), _lm_head_quantization(mode)))
+
+
+def _lm_head_quantization(mode: QuantizationMode) -> Quantization | None:
+    """int8 in both modes: its errors go straight to the sampler."""
+    return None if mode == "none" else Quantization(8)
+
+
+def _quantization(mode: QuantizationMode, in_features: int) -> Quantization | None:
+    """int8 for each row; int4 with offsets for each group, or for each row where it cannot be cut into groups."""
+    if mode == "int4":
+        group = math.gcd(_INT4_GROUP, in_features)
+        return Quantization(4, group if group >= _INT4_GROUP_LEAST else None, symmetric=False)
+    return Quantization(8) if mode == "int8" else None
 
 
 def _shapes(a: Architecture) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -216,6 +217,14 @@ class Terminal:
         shown, _, self._seen = self._seen.partition(text)
         return shown + text
 
+    def until_prompt(self) -> None:
+        """The prompt is there and takes keys one by one: a Ctrl-C before that may wait for the next key."""
+        self.until("> ")
+        end = time.monotonic() + 60
+        while termios.tcgetattr(self._fd)[3] & termios.ICANON:
+            assert time.monotonic() < end, "nothing reads the terminal"
+            select.select([], [], [], 0.01)
+
     def end(self) -> int:
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         os.close(self._fd)
@@ -236,7 +245,7 @@ async def test_chat_remembers_and_ctrl_c_ends_only_the_answer(cluster: Cluster):
         terminal.until("dog")  # the answer has begun
         terminal.type("\x03")
         terminal.until("ended")
-        terminal.until("> ")
+        terminal.until_prompt()
         terminal.type("\x03")
         terminal.until("leaves")
         terminal.type("/clear\r")

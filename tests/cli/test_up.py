@@ -62,7 +62,8 @@ def ended(handles: dict[int, str], timeout_s: float) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_until_a_signal_and_leaves_nothing(number: signal.Signals, tiny_model: Callable[[str], Path]):
-    with up("--model", str(tiny_model("llama")), "--prefill", "2", "--dtype", "float32") as (process, text):
+    flags = ("--model", str(tiny_model("llama")), "--prefill", "2", "--dtype", "float32", "--quantization", "int8")
+    with up(*flags) as (process, text):
         children = members(process)
         assert sorted(children.values()) == ["decode_worker", "gateway", "prefill_worker", "prefill_worker"]
         address = re.search(r"gRPC (\S+)", text)[1]

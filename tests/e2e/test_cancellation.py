@@ -11,7 +11,7 @@ import grpc
 import pytest
 from tandem.v1 import inference_pb2, types_pb2
 
-from tests.cluster import Cluster
+from tests.cluster import DEFAULT_MODEL_POOLS, Cluster
 from tests.e2e import prompts
 
 MAX_TOKENS = 16
@@ -60,7 +60,7 @@ async def test_two_hundred_requests_a_third_cancelled(
     rng = random.Random(3)
     numbers = list(range(200))
     cancelled = set(rng.sample(numbers, 66))
-    async with Cluster(model=str(folder)) as cluster:
+    async with Cluster(model=str(folder), settings={} if model == "tiny" else DEFAULT_MODEL_POOLS) as cluster:
         expected = {n: await cluster.generate(mixed(n)) for n in rng.sample(sorted(set(numbers) - cancelled), 12)}
         await cluster.settled()
         before = await cluster.resources()

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from tandem.v1 import inference_pb2, types_pb2
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.cluster import Cluster
+from tests.cluster import DEFAULT_MODEL_POOLS, Cluster
 from tests.e2e import prompts
-from tests.tiny_models import gguf_state_dict, smollm2
 
 MAX_TOKENS = 12
 # two float32 implementations that sum in different orders; a wrong position or mask is off by 1e-2 and more
@@ -51,24 +50,14 @@ async def assert_equal(cluster: Cluster, model: PreTrainedModel, request: infere
 
 
 @pytest.fixture(scope="module")
-def reference() -> PreTrainedModel:
-    """transformers' own reading of the default model's file."""
-    files = smollm2()
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.folder), dtype=torch.float32)
-    model.load_state_dict(gguf_state_dict(files.weights.paths[0], model), strict=False)
-    model.tie_weights()
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
 async def service(default_model: Path) -> Cluster:
-    async with Cluster(model=str(default_model), settings={"dtype": "float32"}) as cluster:
+    async with Cluster(model=str(default_model), settings={"dtype": "float32", **DEFAULT_MODEL_POOLS}) as cluster:
         yield cluster
 
 
 @pytest.mark.parametrize("number", range(len(prompts.requests())))
-async def test_default_model(service: Cluster, reference: PreTrainedModel, number: int) -> None:
-    await assert_equal(service, reference, prompts.requests()[number])
+async def test_default_model(service: Cluster, default_reference: PreTrainedModel, number: int) -> None:
+    await assert_equal(service, default_reference, prompts.requests()[number])
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])

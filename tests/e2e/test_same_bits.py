@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tandem.v1 import inference_pb2, types_pb2
 
-from tests.cluster import Cluster, Result
+from tests.cluster import DEFAULT_MODEL_POOLS, Cluster, Result
 from tests.e2e import prompts
 
 MAX_TOKENS = 20
@@ -62,10 +62,9 @@ class Case:
 
 
 CASES = (
-    Case("among 32 neighbours"),
+    Case("among 32 neighbours, chunk 512", settings=(("prefill.chunk_tokens", 512),)),
     Case("chunk 16", settings=(("prefill.chunk_tokens", 16), ("prefill.batch_tokens", 48))),
     Case("chunk 64", settings=(("prefill.chunk_tokens", 64), ("prefill.batch_tokens", 64))),
-    Case("chunk 512", settings=(("prefill.chunk_tokens", 512),)),
     Case(
         "prefix cache off",
         settings=(("prefill.prefix_cache", False), ("decode.prefix_cache", False)),
@@ -89,30 +88,42 @@ CASES = (
 )
 
 
-# these change the shapes of the arithmetic; the others are checked in one element type
-IN_BOTH_TYPES = ("among 32 neighbours", "chunk 16", "preempted by swap")
+KINDS: dict[str, dict[str, object]] = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "float32": {"dtype": "float32"},
+    "int8": {"dtype": "bfloat16", "quantization": "int8"},
+    "int4": {"dtype": "bfloat16", "quantization": "int4"},
+}
+# these change the shapes of the arithmetic; the others are checked in bfloat16 alone
+SHAPES_CHANGE = ("among 32 neighbours, chunk 512", "chunk 16", "preempted by swap")
+CASES_BY_KIND = [
+    pytest.param(kind, case, id=f"{kind}-{case.name}")
+    for kind in KINDS
+    for case in CASES
+    if kind == "bfloat16" or case.name in SHAPES_CHANGE
+]
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model and element type, and what it answers when each request is asked alone, nothing cached."""
+    """A model and its settings, and what it answers when each request is asked alone, nothing cached."""
 
     folder: Path
-    dtype: str
+    settings: dict[str, object]
     requests: list[inference_pb2.GenerateRequest]
     expected: list[Result]
 
     @classmethod
-    async def measure(cls, folder: Path, dtype: str, num_requests: int = 32) -> Served:
-        settings = {"dtype": dtype, "prefill.prefix_cache": False, "decode.prefix_cache": False}
-        async with Cluster(model=str(folder), settings=settings) as cluster:
+    async def measure(cls, folder: Path, settings: dict[str, object], num_requests: int = 32) -> Served:
+        nothing_cached = {**settings, "prefill.prefix_cache": False, "decode.prefix_cache": False}
+        async with Cluster(model=str(folder), settings=nothing_cached) as cluster:
             [model] = (await cluster.stub.ListModels(inference_pb2.ListModelsRequest())).models
             requests = workload(model.vocab_size)[-num_requests:]
-            return cls(folder, dtype, requests, [await cluster.generate(request) for request in requests])
+            return cls(folder, settings, requests, [await cluster.generate(request) for request in requests])
 
     async def check(self, case: Case) -> None:
         """Asks everything at once, in the surroundings of the case."""
-        settings = {"dtype": self.dtype, **dict(case.settings)}
+        settings = {**self.settings, **dict(case.settings)}
         async with Cluster(
             model=str(self.folder), prefill=case.prefill, decode=case.decode, settings=settings
         ) as cluster:
@@ -134,39 +145,39 @@ class Served:
             await cluster.settled()
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
-async def tiny(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Served:
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Served]:
+    """What was measured already, by model and kind."""
+    return {}
+
+
+@pytest.mark.parametrize(("kind", "case"), CASES_BY_KIND)
+async def test_tiny_model(
+    kind: str, case: Case, tiny_model: Callable[[str], Path], measured: dict[str, Served]
+) -> None:
     """A model whose attention has a sliding window, the kind that chunks and caches break first."""
-    return await Served.measure(tiny_model("mistral"), request.param)
-
-
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
-async def real(request: pytest.FixtureRequest, default_model: Path) -> Served:
-    return await Served.measure(default_model, request.param)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-async def test_tiny_model(case: Case, tiny: Served) -> None:
-    if tiny.dtype == "float32" and case.name not in IN_BOTH_TYPES:
-        pytest.skip("float32 runs the cases that change the shapes of the arithmetic")
-    await tiny.check(case)
+    key = f"tiny {kind}"
+    if key not in measured:
+        measured[key] = await Served.measure(tiny_model("mistral"), KINDS[kind])
+    await measured[key].check(case)
 
 
 async def test_default_model(default_model: Path) -> None:
-    """Small chunks, two workers of each kind and preemption, all at once, on the model that `make serve` serves."""
+    """Small chunks, several workers and a small pool, all at once, on the model that `make serve` serves."""
     case = Case(
         "all at once",
         prefill=2,
-        decode=2,
-        settings=(("prefill.chunk_tokens", 16), ("prefill.batch_tokens", 48), ("decode.num_blocks", 24)),
-        preempts=True,
+        settings=(("prefill.chunk_tokens", 16), ("prefill.batch_tokens", 48), ("decode.num_blocks", 20)),
     )
-    await (await Served.measure(default_model, "bfloat16", num_requests=16)).check(case)
+    await (await Served.measure(default_model, {"dtype": "bfloat16"}, num_requests=12)).check(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-async def test_default_model_every_case(case: Case, real: Served) -> None:
-    if real.dtype == "float32" and case.name not in IN_BOTH_TYPES:
-        pytest.skip("float32 runs the cases that change the shapes of the arithmetic")
-    await real.check(case)
+@pytest.mark.parametrize(("kind", "case"), CASES_BY_KIND)
+async def test_default_model_every_case(
+    kind: str, case: Case, default_model: Path, measured: dict[str, Served]
+) -> None:
+    key = f"default {kind}"
+    if key not in measured:
+        measured[key] = await Served.measure(default_model, {**KINDS[kind], **DEFAULT_MODEL_POOLS})
+    await measured[key].check(case)

@@ -20,6 +20,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.cluster import Cluster
+
 ROOT = Path(__file__).resolve().parents[2]
 END_S = 30.0
 
@@ -234,3 +236,14 @@ async def test_interrupted_twice(tiny_model: Callable[[str], Path]) -> None:
                 service.process.send_signal(signal.SIGINT)
                 await service.ended()
         assert all_end(handles, timeout_s=0)
+
+
+async def test_prefill_stands_back_for_decode(cluster: Cluster) -> None:
+    """Where both want the same cores, the streams that run go first."""
+
+    def niceness(pid: int) -> set[int]:
+        return {os.getpriority(os.PRIO_PROCESS, int(task)) for task in os.listdir(f"/proc/{pid}/task")}
+
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    assert niceness(cluster.decode[0].pid) == {ours}
+    assert niceness(cluster.prefill[0].pid) == {ours + 5}

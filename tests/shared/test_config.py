@@ -64,6 +64,7 @@ def test_a_broken_file_is_named(clean: Path):
         ({"decode": {"max_running": 0}}, r"decode.max_running: .*greater than or equal to 1.*\(got 0\)"),
         ({"gateway": {"port": 70000}}, "gateway.port: "),
         ({"dtype": "float16"}, r"dtype: .*'float32' or 'bfloat16'.*\(got 'float16'\)"),
+        ({"quantization": "int3"}, r"quantization: .*'none', 'int8' or 'int4'.*\(got 'int3'\)"),
         ({"block_tokens": 24}, "block_tokens: 24 is not a power of two"),
         ({"prefill": {"chunk_tokens": 600}}, r"prefill.chunk_tokens: 600 exceeds prefill.batch_tokens \(512\)"),
         ({"gateway": {"decode_workers": []}}, "gateway.decode_workers: empty"),

@@ -12,15 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from kernels.linear import LinearWeight, Quantization
 from shared.batch import BatchEntry, build_batch
 from shared.checkpoint import CheckpointError, open_checkpoint
+from shared.config import QuantizationMode
 from shared.kv_cache import DTYPES, KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights
 from shared.models.decoder import Decoder
+from shared.models.weights import load_weights
 from shared.policies.table import architecture_of
-from tests.tiny_models import KINDS, gguf_state_dict, smollm2, tiny_model
+from tests.tiny_models import KINDS, smollm2, tiny_model
 
 BLOCK_TOKENS = 16
 PROMPT_LENGTHS = (1, 15, 16, 17, 55)
@@ -29,8 +32,11 @@ NUM_GENERATED = 24
 DISTINCT_KINDS = ("llama", "llama-yarn", "mistral", "qwen2-sliding", "qwen3")
 
 
-def load(files: ModelFiles, dtype: str) -> Decoder:
-    return Decoder(architecture_of(files.config), open_checkpoint(files), dtype=DTYPES[dtype])
+def load(files: ModelFiles, dtype: str, quantization: QuantizationMode = "none") -> Decoder:
+    architecture = architecture_of(files.config)
+    checkpoint = open_checkpoint(files)
+    weights = load_weights(architecture, checkpoint, dtype=DTYPES[dtype], device="cpu", quantization=quantization)
+    return Decoder(architecture, weights)
 
 
 @functools.cache
@@ -182,6 +188,35 @@ def test_bfloat16_is_near_float32() -> None:
         assert 0 < difference.mean() < 0.05 * exact.std(), kind
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["llama", "llama-untied-biased"])
+def test_quantized_equals_the_weights_that_its_integers_stand_for(
+    kind: str, quantization: QuantizationMode, tmp_path: Path
+) -> None:
+    folder = tiny_model(kind)
+    quantized = load(ModelFiles(kind, folder, find_weights(folder), ""), "float32", quantization)
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    # the embedding itself stays, so the output layer is written apart from it
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    for name, weight in weights.items():
+        if name.endswith("_proj.weight"):
+            kind_of = Quantization(4, 32, symmetric=False) if quantization == "int4" else Quantization(8)
+            weights[name] = LinearWeight(weight, None, kind_of).dequantize()
+    weights["lm_head.weight"] = LinearWeight(head, None, Quantization(8)).dequantize()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    save_file(weights, tmp_path / "model.safetensors")
+    dense = load(ModelFiles(kind, tmp_path, find_weights(tmp_path), ""), "float32")
+
+    tokens = random_tokens(quantized, 55)
+    logits, expected, exact = (
+        run(model, new_cache(model), BatchEntry(tokens, 0, range(1, 9), "all"))
+        for model in (quantized, dense, decoder(kind))
+    )
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert (logits - exact).abs().mean() > 0.002 * exact.std(), "or nothing was quantized"
+
+
 def test_only_wanted_rows() -> None:
     model = decoder("llama")
     tokens = random_tokens(model, 20)
@@ -229,13 +264,10 @@ def test_close_frees_the_weights() -> None:
     assert embedding() is None
 
 
-def test_smollm2_equals_transformers() -> None:
+def test_smollm2_equals_transformers(default_reference: PreTrainedModel) -> None:
     """The real model from its GGUF file, both read in float32."""
     files = smollm2()
     model = load(files, "float32")
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.folder), dtype=torch.float32).eval()
-    theirs.load_state_dict(gguf_state_dict(files.weights.paths[0], theirs), strict=False)
-    theirs.tie_weights()
     tokenizer = AutoTokenizer.from_pretrained(files.folder)
     text = "The three primary colours are red, yellow and blue. def fibonacci(n):\n    return"
     chat = tokenizer.apply_chat_template(
@@ -244,8 +276,8 @@ def test_smollm2_equals_transformers() -> None:
     for prompt in (tokenizer.encode(text), tokenizer.encode(chat)):
         logits = run(model, new_cache(model), BatchEntry(prompt, 0, range(1, 9), "all"))
         with torch.inference_mode():
-            expected = theirs(torch.tensor([prompt])).logits[0]
+            expected = default_reference(torch.tensor([prompt])).logits[0]
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
         generated = greedy(model, prompt, NUM_GENERATED)
-        assert is_greedy(theirs, prompt, generated)
+        assert is_greedy(default_reference, prompt, generated)
     assert "Paris" in tokenizer.decode(generated)

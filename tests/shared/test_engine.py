@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gateway.model import ServedModel
 from shared.batch import BatchEntry
 from shared.config import ConfigError, load_config
 from shared.engine import Engine, EnginePlan
@@ -37,7 +38,7 @@ def test_buckets_ascend_to_the_largest_batch(max_sequences: int) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 9, 13])
 def test_padding_to_a_bucket_changes_no_bits(engine: Engine, rows: int) -> None:
     entries = [BatchEntry([5 + row], 0, [1 + row]) for row in range(rows)]
-    together = engine.forward(entries)
+    together = engine.forward(entries).clone()
     assert together.shape == (rows, engine.plan.architecture.vocab_size)
     for row, entry in enumerate(entries):
         assert torch.equal(engine.forward([entry])[0], together[row])
@@ -46,7 +47,7 @@ def test_padding_to_a_bucket_changes_no_bits(engine: Engine, rows: int) -> None:
 def test_a_decode_step_beside_a_prompt_has_the_same_bits(engine: Engine) -> None:
     engine.forward([BatchEntry(list(range(5, 25)), 0, [1, 2])])
     step = BatchEntry([9], 20, [1, 2])
-    alone = engine.forward([step])
+    alone = engine.forward([step]).clone()
     beside = engine.forward([step, BatchEntry(list(range(30, 60)), 0, [3, 4], "none"), BatchEntry([7], 0, [5])])
     assert beside.shape[0] == 2
     assert torch.equal(beside[0], alone[0])
@@ -55,7 +56,8 @@ def test_a_decode_step_beside_a_prompt_has_the_same_bits(engine: Engine) -> None
 def test_what_a_block_held_before_changes_nothing(engine: Engine) -> None:
     def run() -> list[torch.Tensor]:
         prompt = engine.forward([BatchEntry(list(range(5, 25)), 0, [1, 2])])
-        return [prompt, engine.forward([BatchEntry([9], 20, [1, 2]), BatchEntry([7], 0, [3]), BatchEntry([8], 0, [4])])]
+        steps = engine.forward([BatchEntry([9], 20, [1, 2]), BatchEntry([7], 0, [3]), BatchEntry([8], 0, [4])])
+        return [prompt, steps.clone()]
 
     clean = run()
     engine.kv.pool.fill_(torch.nan)
@@ -65,7 +67,7 @@ def test_what_a_block_held_before_changes_nothing(engine: Engine) -> None:
 
 def test_copied_blocks_are_equal(engine: Engine) -> None:
     engine.forward([BatchEntry(list(range(5, 25)), 0, [1, 2])])
-    expected = engine.forward([BatchEntry([9], 20, [1, 2])])
+    expected = engine.forward([BatchEntry([9], 20, [1, 2])]).clone()
     engine.copy_blocks([1, 2], [8, 7])
     assert torch.equal(engine.forward([BatchEntry([9], 20, [8, 7])]), expected)
 
@@ -79,6 +81,27 @@ def test_a_plan_says_what_cannot_be_served(tiny_model: MakeModel) -> None:
         plan(model, decode={"kv_memory_mib": 1}, block_tokens=1 << 20)
     assert plan(model, decode={"num_blocks": 10}).num_blocks == 10
     assert plan(model, dtype="auto").layout.dtype == "bfloat16"
+
+
+def test_workers_of_another_quantization_do_not_agree_and_the_gateway_knows(tiny_model: MakeModel) -> None:
+    model = tiny_model("llama")
+    files = ModelStore().resolve(str(model))
+    layouts = {mode: plan(model, quantization=mode).layout for mode in ("none", "int8", "int4")}
+    assert layouts["none"].model_digest == files.digest
+    assert len({layout.digest for layout in layouts.values()}) == 3
+    assert layouts["int8"].difference(layouts["int4"]) == ["model_digest"]
+    for mode, layout in layouts.items():
+        assert len(layout.model_digest) == 64
+        assert ServedModel.load("tiny", files, mode).digest == layout.model_digest
+
+
+def test_a_quantized_engine_replays_what_it_computes_in_a_prompt(tiny_model: MakeModel) -> None:
+    quantized = Engine(plan(tiny_model("qwen3"), quantization="int4", decode={"num_blocks": 20}))
+    quantized.warm_up()
+    tokens = list(range(5, 40))
+    prompt = quantized.forward([BatchEntry(tokens, 0, [1, 2, 3], "all")]).clone()
+    for position, token in enumerate(tokens):
+        assert torch.equal(quantized.forward([BatchEntry([token], position, [4, 5, 6])])[0], prompt[position])
 
 
 def test_end_tokens_are_the_models_own(tiny_model: MakeModel, tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+#define _GNU_SOURCE
+#include "team.h"
+
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#if defined(__x86_64__)
+#define relax() __builtin_ia32_pause()
+#else
+#define relax() ((void)0)
+#endif
+
+enum {
+    MAX_HELPERS = 255,
+    HELPER_SPINS = 2000, /* some 50 us: the pause between two ops of a step is far shorter, that between two steps longer */
+    LEADER_SPINS = 2000,
+};
+
+/* `turn` is the number of the job in its upper half and its chunks not yet taken in the lower. A helper takes one only of
+ * the job whose number it has read, or the exchange fails; from then on the job cannot end, so what describes it is read
+ * only then. */
+static struct {
+    _Atomic uint64_t turn;
+    _Atomic int64_t done;
+    _Atomic int asleep;
+    _Atomic uint32_t bell;   /* what helpers sleep on: another value for each job */
+    _Atomic int64_t helpers; /* how many may join */
+    Chunk run;
+    const void *job;
+    int64_t chunks;
+} team __attribute__((aligned(128)));
+
+static pthread_mutex_t busy = PTHREAD_MUTEX_INITIALIZER;
+static int64_t started;
+
+static void work(uint64_t number) {
+    uint64_t turn = team.turn;
+    while (turn >> 32 == number && (uint32_t)turn)
+        if (atomic_compare_exchange_strong(&team.turn, &turn, turn - 1)) {
+            team.run(team.job, team.chunks - (int64_t)(uint32_t)turn);
+            team.done++;
+            turn = team.turn;
+        }
+}
+
+static void *help(void *argument) {
+    int64_t index = (int64_t)(intptr_t)argument;
+    uint64_t last = 0;
+    for (int spins = 0;;) {
+        uint32_t bell = team.bell;
+        uint64_t number = team.turn >> 32;
+        if (number != last && index < team.helpers) {
+            work(last = number);
+            spins = 0;
+        } else if (++spins < HELPER_SPINS) {
+            relax();
+        } else {
+            team.asleep++;
+            syscall(SYS_futex, &team.bell, FUTEX_WAIT_PRIVATE, bell, NULL, NULL, 0);
+            team.asleep--;
+            spins = 0;
+        }
+    }
+    return NULL;
+}
+
+static void forget(void) {
+    /* A fork leaves the helpers behind. */
+    started = 0;
+    pthread_mutex_init(&busy, NULL);
+}
+
+static void start(int64_t helpers) {
+    static int registered;
+    if (!registered) registered = !pthread_atfork(NULL, NULL, forget);
+    for (; started < helpers; started++) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, help, (void *)(intptr_t)started)) return;
+        pthread_detach(thread);
+    }
+}
+
+void team_run(int64_t threads, int64_t chunks, Chunk run, const void *job) {
+    int64_t helpers = (threads < chunks ? threads : chunks) - 1;
+    if (helpers > MAX_HELPERS) helpers = MAX_HELPERS;
+    if (helpers < 1 || pthread_mutex_trylock(&busy)) {
+        for (int64_t i = 0; i < chunks; i++) run(job, i);
+        return;
+    }
+    if (started < helpers) start(helpers);
+    team.run = run;
+    team.job = job;
+    team.chunks = chunks;
+    team.done = 0;
+    team.helpers = helpers;
+    uint64_t number = (uint32_t)((team.turn >> 32) + 1);
+    team.turn = number << 32 | (uint64_t)chunks;
+    team.bell++;
+    if (team.asleep) syscall(SYS_futex, &team.bell, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+    work(number);
+    for (int spins = 0; team.done < chunks; spins++) {
+        if (spins < LEADER_SPINS) relax();
+        else sched_yield();
+    }
+    pthread_mutex_unlock(&busy);
+}
+
+void *scratch(int slot, size_t bytes) {
+    static __thread struct {
+        void *memory;
+        size_t bytes;
+    } slots[SCRATCH_SLOTS];
+    if (slots[slot].bytes < bytes) {
+        free(slots[slot].memory);
+        bytes = (bytes + 4095) / 4096 * 4096;
+        slots[slot].memory = aligned_alloc(64, bytes);
+        slots[slot].bytes = slots[slot].memory ? bytes : 0;
+    }
+    return slots[slot].memory;
+}
+
+typedef struct {
+    int64_t (*op)(const Arg *);
+    const Arg *arguments;
+} Call;
+
+/* Calls ops in order: arguments are a list of Calls and their number. Returns 0, or 1 + the index of the call that failed. */
+int64_t tandem_replay(const Arg *a) {
+    const Call *calls = a[0].p;
+    for (int64_t i = 0; i < a[1].i; i++)
+        if (calls[i].op(calls[i].arguments)) return i + 1;
+    return 0;
+}
