@@ -1,6 +1,7 @@
 """`make bench`: starts a Tandem of one prefill and one decode worker and measures four workloads over gRPC.
 
-    python -m benchmarks [--repetitions 3] [--dtype bfloat16] [--model NAME] [--target HOST:PORT] [--json PATH]
+    python -m benchmarks [--repetitions 3] [--dtype bfloat16] [--quantization int8] [--model NAME]
+                         [--target HOST:PORT] [--json PATH]
 
 Random prompts, greedy, no early end. Each figure is the median over the repetitions; `foreign` is the share of the CPU
 that other programs used meanwhile (a server that was not started here counts as one): above 8% a run tells little.
@@ -118,7 +119,7 @@ async def _main(options: argparse.Namespace) -> None:
         async with GrpcDriver(options.target) as driver:
             results = await measure_all(driver, options.repetitions)
     else:
-        settings = {"model": options.model, "dtype": options.dtype}
+        settings = {"model": options.model, "dtype": options.dtype, "quantization": options.quantization}
         async with Supervisor(settings=settings) as supervisor:
             await asyncio.gather(
                 supervisor.start("prefill_worker", {"prefill.port": 0}),
@@ -127,9 +128,8 @@ async def _main(options: argparse.Namespace) -> None:
             gateway = await supervisor.start("gateway", {"gateway.port": 0, "gateway.http_port": 0})
             async with GrpcDriver(gateway.grpc) as driver:
                 results = await measure_all(driver, options.repetitions)
-    show(
-        results, f"{options.url or options.target or f'{options.model}, {options.dtype}, 1 prefill + 1 decode worker'}"
-    )
+    kind = options.dtype if options.quantization == "none" else f"{options.dtype} with {options.quantization} weights"
+    show(results, options.url or options.target or f"{options.model}, {kind}, 1 prefill + 1 decode worker")
     if options.json:
         write_json(results, options.json)
 
@@ -142,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--quantization", default="none", choices=("none", "int8", "int4"))
     parser.add_argument("--target", help="host:port of a gateway that runs already")
     parser.add_argument("--url", help="base address of any OpenAI server that runs already")
     parser.add_argument("--served", default="", help="with --url: the model's name there")

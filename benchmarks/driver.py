@@ -119,7 +119,9 @@ class HttpDriver:
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+            # a connection for each request: some servers close an idle one without a word
+            timeout=aiohttp.ClientTimeout(total=None),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
         )
         return self
 
