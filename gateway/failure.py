@@ -77,14 +77,17 @@ async def read(call: Any, worker_id: str, failure: type[WorkerFailed]) -> Any:
     return message
 
 
-async def write(call: Any, message: Any, worker_id: str, failure: type[WorkerFailed]) -> None:
-    """Sends a message on a stream that may have broken."""
+async def write(call: Any, message: Any) -> None:
+    """Sends a message on a stream that may have ended: then it goes nowhere, and reading the stream says why.
+
+    grpc.aio's own write would give such a call up as INTERNAL: its status and what was not yet read are lost, cancel()
+    takes the call for done, and a task waits for its end for ever. So the message goes to the call underneath.
+    """
     try:
-        await call.write(message)
-    except grpc.aio.AioRpcError as error:
-        raise failure(worker_id, from_grpc(error)) from None
-    except asyncio.InvalidStateError:
-        raise failure(worker_id, await status_of(call)) from None
+        await call.wait_for_connection()
+        await call._cython_call.send_serialized_message(message.SerializeToString())
+    except (grpc.aio.AioRpcError, grpc.aio.InternalError):
+        pass
 
 
 async def together(*parts: Coroutine[Any, Any, None]) -> None:

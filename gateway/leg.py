@@ -78,7 +78,7 @@ class Leg:
         call: Any = self._decode.decode.Decode(timeout=self._job.budget.left_s, metadata=self._decode.metadata)
         try:
             with self._decode.working(1):
-                await self._send(call, decode_pb2.DecodeRequest(admit=self._admit))
+                await write(call, decode_pb2.DecodeRequest(admit=self._admit))
                 first: decode_pb2.DecodeResponse = await read(call, self._decode_id, DecodeFailed)
                 if first.WhichOneof("event") != "reserved":
                     raise self._broken("it sent something else before its reservation")
@@ -111,7 +111,7 @@ class Leg:
             self._journal.handing_over(local=prefill is None)
             if prefill is None:
                 begin = decode_pb2.Begin(attempt=self.attempt, local_prefill=True)
-                await self._send(call, decode_pb2.DecodeRequest(begin=begin))
+                await write(call, decode_pb2.DecodeRequest(begin=begin))
                 return
             try:
                 await self._prefill(call, prefill, held_tokens)
@@ -149,7 +149,7 @@ class Leg:
             if self._done:
                 return
             begin = decode_pb2.Begin(attempt=attempt, first_tokens=self._going_on(first.tokens))
-            await self._send(call, decode_pb2.DecodeRequest(begin=begin))
+            await write(call, decode_pb2.DecodeRequest(begin=begin))
             await self._until_imported(stream, worker_id)
         finally:
             stream.cancel()
@@ -166,7 +166,7 @@ class Leg:
                 raise PrefillFailed(worker_id, unavailable("it sent an empty message"))
             if wanted:
                 blocks = decode_pb2.ImportBlocks(attempt=attempt, extent=message.extent)
-                await self._send(call, decode_pb2.DecodeRequest(import_blocks=blocks))
+                await write(call, decode_pb2.DecodeRequest(import_blocks=blocks))
 
     def _take_first(self, first: prefill_pb2.FirstTokens, worker_id: str) -> None:
         if {token.index for token in first.tokens} != self._outputs.keys():
@@ -249,7 +249,7 @@ class Leg:
         self._progressed()
         if stopped and not self._done:
             finish = decode_pb2.Finish(output_indices=stopped)
-            await self._send(call, decode_pb2.DecodeRequest(finish=finish))
+            await write(call, decode_pb2.DecodeRequest(finish=finish))
         if self._imported.is_set():
             # before that, waiting here would keep the prefill worker's blocks
             await self._record.room()
@@ -272,9 +272,6 @@ class Leg:
             for position in logprobs:
                 next(iter(self._outputs.values())).name_tokens(position)
             self._record.prompt_logprobs = list(logprobs)
-
-    async def _send(self, call: Any, message: decode_pb2.DecodeRequest) -> None:
-        await write(call, message, self._decode_id, DecodeFailed)
 
     def _broken(self, what: str) -> WorkerFailed:
         log.error("request %s: %s broke the contract: %s", self._job.request_id, self._decode, what)
