@@ -10,9 +10,9 @@ y       [rows, out_features]; computed in float32 and rounded once
 torch's own linear picks another routine for few rows, and with it another order of summation: measured in float32, 1 to
 3 rows differ from 4 and more. kernels/cpu/linear.c sums an output in one order whatever the number of rows and threads.
 
-On a CPU with AVX-512 BF16 a bfloat16 weight goes to oneDNN instead, whose dot-product instructions are several times
-faster there for many rows, and whose packed weights were measured to keep a row's bits among any number of rows.
-`probe_row_invariance` checks either on the machine at hand.
+On a CPU with AVX-512 BF16, bfloat16 rows go to kernels/cpu/linear_pairs.c, whose dot products of pairs are several
+times faster. Its bits are those of linear.c, but for int4 and denormals. oneDNN's packed bfloat16 linear is no choice:
+on Zen 4 it was measured to give one row other bits than many. `probe_row_invariance` checks the machine at hand.
 
 A quantized weight is kept as integers of 8 or 4 bits, and multiplied in float32 by activations that stay what they are:
 
@@ -23,6 +23,7 @@ One row reads the whole weight and computes little with it, so half the bytes ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -37,8 +38,10 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _INTEGERS = {8: 2, 4: 3}  # dtypes of panels of so many bits
 _WORD = 8  # input features of an int4 word
 _QUANTIZED_ROWS = 1024  # quantized at once, in float64
-_PANEL_WIDTH = 32  # output features side by side in kernels/cpu/linear.c
-_BATCH_HINT = 16  # the rows oneDNN packs for; one hint for all, so one layout and one order of sums
+_PACKINGS = {False: "panels, float32 products", True: "pairs, bfloat16 products"}
+_PANEL_WIDTH = 32  # output features side by side
+# The outputs of an int8 panel of pairs, which unpacking bytes brings back in order.
+_UNPACKED = [4 * lane + 16 * half + i for lane in range(4) for half in range(2) for i in range(4)]
 _PROBE_ROWS = (1, 2, 5, 10, 17)
 
 
@@ -67,7 +70,6 @@ class LinearWeight:
     """A weight [out, in] with its bias, packed for the CPU. The packed copy replaces the original, which may be freed.
 
     `dtype`: of x, and what y is rounded to; the weight's own before it was quantized.
-    `recordable`: its calls are ops of the library, which `library.record` writes down.
     Raises ValueError for a weight, bias or group that breaks the contract.
     """
 
@@ -88,16 +90,14 @@ class LinearWeight:
         self.group = (quantization and quantization.group) or self.in_features  # input features that share a scale
         if self.in_features % self.group:
             raise ValueError(f"{self.in_features} input features cannot be cut into groups of {self.group}")
-        self.recordable = is_recordable(weight.dtype, quantized=quantization is not None)
+        self._pairs = has_pairs(weight.dtype)
         if quantization is not None:
             integers, scale, offset = _quantize(weight.detach(), self.group, quantization)
-            self.packed = _pack_panels(_words(integers) if quantization.bits == 4 else integers)
+            self.packed = self._pack(integers)
             self.scale = _pack_panels(scale)
             self.offset = None if offset is None else _pack_panels(offset)
-        elif self.recordable:
-            self.packed = _pack_panels(weight.detach())
         else:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _BATCH_HINT)
+            self.packed = self._pack(weight.detach())
 
     @property
     def description(self) -> str:
@@ -105,14 +105,11 @@ class LinearWeight:
         if self.quantization is not None:
             size = "rows" if self.quantization.group is None else f"groups of {self.quantization.group}"
             kind = "symmetric" if self.quantization.symmetric else "with offsets"
-            return f"int{self.quantization.bits} panels, {size}, {kind}, float32 sums"
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{dtype} panels, float32 sums" if self.recordable else f"{dtype} packed by oneDNN"
+            return f"int{self.quantization.bits} {_PACKINGS[self._pairs]}, {size}, {kind}"
+        return f"{str(self.dtype).removeprefix('torch.')} {_PACKINGS[self._pairs]}"
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it is made of, to be stored; of a recordable weight only, oneDNN's form is its own."""
-        if not self.recordable:
-            raise ValueError(f"a weight that is {self.description} cannot be stored")
+        """What it is made of, to be stored."""
         fields = {field: getattr(self, field) for field in self.FIELDS}
         return {field: tensor for field, tensor in fields.items() if tensor is not None}
 
@@ -131,7 +128,7 @@ class LinearWeight:
         weight = cls.__new__(cls)
         weight.packed = tensors["packed"]
         weight.scale, weight.offset, weight.bias = (tensors.get(field) for field in cls.FIELDS[1:])
-        weight.dtype, weight.quantization, weight.recordable = dtype, quantization, True
+        weight.dtype, weight.quantization, weight._pairs = dtype, quantization, has_pairs(dtype)
         weight.out_features, weight.in_features = shape
         weight.group = (quantization and quantization.group) or weight.in_features
         return weight
@@ -147,19 +144,48 @@ class LinearWeight:
         """The weight that the arithmetic stands for, float32 [out, in]. ValueError where nothing was quantized."""
         if self.quantization is None or self.scale is None:
             raise ValueError(f"{self.description}: not quantized")
-        integers = _unpack_panels(self.packed, self.out_features)
-        if self.quantization.bits == 4:
-            shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-            integers = ((integers[:, :, None] >> shifts & 15) - 8).flatten(1)[:, : self.in_features]
+        integers = self._unpack()
         weight = _unpack_panels(self.scale, self.out_features)[:, :, None] * integers.unflatten(1, (-1, self.group))
         if self.offset is not None:
             weight += _unpack_panels(self.offset, self.out_features)[:, :, None]
         return weight.flatten(1).contiguous()
 
+    def _pack(self, values: Tensor) -> Tensor:
+        """[out, in] as its op reads it."""
+        if values.dtype == torch.int8 and self.quantization and self.quantization.bits == 4:
+            return _pack_panels(_words(values, self._shifts()))
+        if not self._pairs:
+            return _pack_panels(values)
+        panels = _pack_panels(functional.pad(values, (0, values.shape[1] % 2)))
+        pairs = panels.unflatten(1, (-1, 2)).transpose(2, 3)  # [panels, pairs, 32, 2]
+        return (pairs if values.dtype != torch.int8 else pairs[:, :, _UNPACKED]).contiguous()
 
-def is_recordable(dtype: torch.dtype, *, quantized: bool = False) -> bool:
-    """Whether this CPU's weights of that dtype are the library's, and not oneDNN's."""
-    return quantized or dtype != torch.bfloat16 or not _has_avx512_bf16()
+    def _unpack(self) -> Tensor:
+        """The integers that `_pack` was given."""
+        panels = self.packed
+        if self.quantization and self.quantization.bits == 4:
+            words = _unpack_panels(panels, self.out_features)
+            return ((words[:, :, None] >> self._shifts() & 15) - 8).flatten(1)[:, : self.in_features]
+        if self._pairs:
+            pairs = torch.empty_like(panels)
+            pairs[:, :, _UNPACKED] = panels
+            panels = pairs.transpose(2, 3).flatten(1, 2)
+        return _unpack_panels(panels, self.out_features)[:, : self.in_features]
+
+    def _shifts(self) -> Tensor:
+        """Where an int4 word has each of its input features: in order, or the second of a pair in the upper half."""
+        shifts = [4 * (i // 2) + 16 * (i % 2) if self._pairs else 4 * i for i in range(_WORD)]
+        return torch.tensor(shifts, dtype=torch.int32)
+
+
+def has_pairs(dtype: torch.dtype) -> bool:
+    """Whether rows of that dtype go to this CPU's dot products of pairs."""
+    return dtype == torch.bfloat16 and _cpu_has_pairs()
+
+
+def packing(dtype: torch.dtype) -> str:
+    """The form that weights for rows of that dtype are packed in."""
+    return _PACKINGS[has_pairs(dtype)]
 
 
 def linear(x: Tensor, weight: LinearWeight, *, out: Tensor | None = None) -> Tensor:
@@ -181,10 +207,8 @@ def linear(x: Tensor, weight: LinearWeight, *, out: Tensor | None = None) -> Ten
             f"out must be contiguous {x.dtype} or float32 [{rows}, {weight.out_features}], "
             f"got {out.dtype} {list(out.shape)}"
         )
-    if not weight.recordable:
-        return out.copy_(torch.ops.mkldnn._linear_pointwise(x, weight.packed, weight.bias, "none", [], ""))
     failed = library.call(
-        "tandem_linear",
+        "tandem_linear_pairs" if weight._pairs else "tandem_linear",
         x.data_ptr(), weight.packed.data_ptr(), _address(weight.scale), _address(weight.offset), _address(weight.bias),
         out.data_ptr(), rows, weight.in_features, weight.out_features, weight.group,
         _DTYPES[x.dtype], _INTEGERS[weight.quantization.bits] if weight.quantization else _DTYPES[weight.dtype],
@@ -222,8 +246,9 @@ def probe_row_invariance(weight: LinearWeight) -> None:
         )
 
 
-def _has_avx512_bf16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+@functools.cache
+def _cpu_has_pairs() -> bool:
+    return bool(library.call("tandem_has_pairs"))
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -233,12 +258,13 @@ def _address(tensor: Tensor | None) -> int | None:
 def _quantize(weight: Tensor, group: int, quantization: Quantization) -> tuple[Tensor, Tensor, Tensor | None]:
     """[out, in] -> int8 [out, in], float32 scale [out, in / group], offset of that shape or None.
 
-    Integers lie around zero, with an offset to match, so that sums of them stay small.
+    Integers lie around zero, with an offset to match, so that sums of them stay small; int8 goes without -128.
     """
     integers = torch.empty(weight.shape, dtype=torch.int8)
     scale = torch.empty(len(weight), weight.shape[1] // group)
     offset = None if quantization.symmetric else torch.empty_like(scale)
     top = 2 ** (quantization.bits - 1) - 1
+    bottom = -top - 1 if quantization.bits == 4 and not quantization.symmetric else -top
     for start in range(0, len(weight), _QUANTIZED_ROWS):
         rows = slice(start, start + _QUANTIZED_ROWS)
         groups = weight[rows].double().unflatten(1, (-1, group))
@@ -246,19 +272,19 @@ def _quantize(weight: Tensor, group: int, quantization: Quantization) -> tuple[T
             scale[rows] = groups.abs().amax(2) / top
         else:
             low, high = groups.aminmax(dim=2)
-            scale[rows] = (high - low) / (2 * top + 1)
-            offset[rows] = low + scale[rows] * (top + 1)
+            scale[rows] = (high - low) / (top - bottom)
+            offset[rows] = low - scale[rows] * bottom
             groups -= offset[rows, :, None]
         # of the numbers that are kept; a group without a scale is zeros, or its offset
         groups /= torch.where(scale[rows] > 0, scale[rows], torch.inf)[:, :, None]
-        integers[rows] = groups.round_().clamp_(-top if offset is None else -top - 1, top).flatten(1)
+        integers[rows] = groups.round_().clamp_(bottom, top).flatten(1)
     return integers, scale, offset
 
 
-def _words(integers: Tensor) -> Tensor:
-    """int8 [out, in] -> int32 [out, ceil(in / 8)], 4 bits of each + 8, the first input feature lowest."""
-    padded = functional.pad(integers, (0, -integers.shape[1] % _WORD)).add(8).view(torch.uint8)
-    return (padded[:, ::2] | padded[:, 1::2] << 4).view(torch.int32)
+def _words(integers: Tensor, shifts: Tensor) -> Tensor:
+    """int8 [out, in] -> int32 [out, ceil(in / 8)], 4 bits of each + 8 where `shifts` says."""
+    padded = functional.pad(integers, (0, -integers.shape[1] % _WORD)).add(8).to(torch.int32)
+    return (padded.unflatten(1, (-1, _WORD)) << shifts).sum(2, dtype=torch.int32)
 
 
 def _unpack_panels(panels: Tensor, outputs: int) -> Tensor:

@@ -16,11 +16,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from kernels.linear import is_recordable
 from shared.batch import BatchEntry, RaggedBatch, build_batch
 from shared.checkpoint import open_checkpoint
 from shared.config import ConfigError, DecodeConfig, PrefillConfig, QuantizationMode, TandemConfig
-from shared.graphs import EagerRunner, GraphRunner, ReplayRunner
+from shared.graphs import GraphRunner, ReplayRunner
 from shared.kv_cache import DTYPES, KvCache, KvLayout
 from shared.model_files import ModelFiles, read_json
 from shared.models.architecture import Architecture
@@ -128,8 +127,6 @@ class Engine:
 
     def _make_runner(self) -> GraphRunner:
         plan, block_tokens = self.plan, self.plan.layout.block_tokens
-        if not self._decoder.recordable:
-            return EagerRunner(self._run, max_sequences=plan.max_running, block_tokens=block_tokens)
         return ReplayRunner(
             self._run,
             max_sequences=plan.max_running,
@@ -152,10 +149,10 @@ def _load_weights(plan: EnginePlan) -> DecoderWeights:
         )
 
     num_bytes = sum(path.stat().st_size for path in plan.files.weights.paths)
-    if num_bytes < MIN_BYTES or not is_recordable(dtype, quantized=plan.quantization != "none"):
+    if num_bytes < MIN_BYTES:
         weights = load()
     else:
-        parts = (plan.layout.model_digest, plan.layout.dtype, packing_of(plan.quantization))
+        parts = (plan.layout.model_digest, plan.layout.dtype, packing_of(plan.quantization, dtype))
         tensors = share_packed(parts, lambda: load().tensors())
         weights = DecoderWeights.from_tensors(plan.architecture, tensors, plan.quantization)
     weights.probe()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.library import Replay, record
-from shared.batch import NULL_BLOCK, BatchEntry, RaggedBatch, build_batch
+from shared.batch import NULL_BLOCK, BatchEntry, RaggedBatch
 from shared.workspace import Workspace
 
 # Small batches in small steps, where a padding row costs the most; then by 16 and by 32.
@@ -35,27 +35,6 @@ class GraphRunner(Protocol):
     def run(self, entries: Sequence[BatchEntry]) -> Tensor:
         """float32 logits [len(entries), vocab], which the next run may overwrite."""
         ...
-
-
-class EagerRunner:
-    """Pads to the bucket and runs the forward anew each time. Padding changes no other row's bits."""
-
-    def __init__(self, forward: Callable[[RaggedBatch], Tensor], *, max_sequences: int, block_tokens: int) -> None:
-        self._forward = forward
-        self._block_tokens = block_tokens
-        self._buckets = make_buckets(max_sequences)
-
-    @property
-    def max_sequences(self) -> int:
-        return self._buckets[-1]
-
-    def capture(self) -> None:
-        """Runs the smallest bucket, on padding alone: what loads lazily is loaded before the first request."""
-        self._forward(build_batch([], self._block_tokens, pad_to=self._buckets[0]))
-
-    def run(self, entries: Sequence[BatchEntry]) -> Tensor:
-        bucket = self._buckets[bisect_left(self._buckets, len(entries))]
-        return self._forward(build_batch(entries, self._block_tokens, pad_to=bucket))[: len(entries)]
 
 
 class ReplayRunner:

@@ -51,11 +51,6 @@ class Decoder:
         self._activation = _ACTIVATIONS[architecture.activation]
         self._workspace = Workspace(device)
 
-    @property
-    def recordable(self) -> bool:
-        """Whether a forward is made of recordable ops alone, so that it can be replayed."""
-        return self._weights.recordable
-
     @torch.inference_mode()
     def forward(self, batch: RaggedBatch, kv: KvCache, workspace: Workspace | None = None) -> Tensor:
         """Writes the tokens' keys and values into the cache; float32 logits [len(batch.logit_rows), vocab].

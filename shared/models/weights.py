@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from kernels.linear import LinearWeight, Quantization, probe_row_invariance
+from kernels.linear import LinearWeight, Quantization, packing, probe_row_invariance
 from shared.checkpoint import Checkpoint, CheckpointError, check_names
 from shared.config import QuantizationMode
 from shared.models.architecture import Architecture
@@ -41,11 +41,6 @@ class DecoderWeights:
     final_norm: Tensor  # [hidden]
     lm_head: LinearWeight  # [vocab, hidden]
 
-    @property
-    def recordable(self) -> bool:
-        """Whether every linear is recordable, and so can be stored and be part of a replay."""
-        return all(weight.recordable for weight in self._parts().values() if isinstance(weight, LinearWeight))
-
     def probe(self) -> None:
         """RuntimeError if this CPU's matmuls cannot keep a row's bits free of the rows beside it."""
         first = self.layers[0]
@@ -53,7 +48,7 @@ class DecoderWeights:
             probe_row_invariance(weight)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, to be stored. ValueError unless it is recordable."""
+        """All of it by name, to be stored."""
         tensors: dict[str, Tensor] = {}
         for name, part in self._parts().items():
             if isinstance(part, LinearWeight):
@@ -189,9 +184,9 @@ class _Loader:
         return tensor.contiguous()
 
 
-def packing_of(mode: QuantizationMode) -> str:
+def packing_of(mode: QuantizationMode, dtype: torch.dtype) -> str:
     """How the weights of a mode are packed: another text for another form."""
-    return repr((_quantization(mode, 1 << 16), _lm_head_quantization(mode)))
+    return repr((_quantization(mode, 1 << 16), _lm_head_quantization(mode), packing(dtype)))
 
 
 def _lm_head_quantization(mode: QuantizationMode) -> Quantization | None:

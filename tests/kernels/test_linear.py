@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import linear as module
-from kernels.linear import LinearWeight, linear, linear_reference, probe_row_invariance
+from kernels.linear import LinearWeight, has_pairs, linear, linear_reference, probe_row_invariance
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 SHAPES = pytest.mark.parametrize(
@@ -58,29 +60,38 @@ def test_a_row_keeps_its_bits_among_others_and_on_any_number_of_threads(
         torch.set_num_threads(before)
 
 
-def test_bfloat16_rounds_the_float32_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_has_avx512_bf16", lambda: False)
-    weight, bias = make(48, 600, torch.bfloat16, True)
-    packed = LinearWeight(weight, bias)
+PAIRS = pytest.mark.skipif(not has_pairs(torch.bfloat16), reason="this CPU has no dot products of bfloat16 pairs")
+
+
+def panels(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> LinearWeight:
+    """A weight as CPUs without dot products of pairs have it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_cpu_has_pairs", lambda: False)
+        return LinearWeight(*arguments)
+
+
+@SHAPES
+def test_bfloat16_rounds_the_float32_product(outputs: int, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias = make(outputs, inputs, torch.bfloat16, True)
     assert bias is not None
-    wide = LinearWeight(weight.float(), bias.float())
+    packed, wide = panels(monkeypatch, weight, bias), LinearWeight(weight.float(), bias.float())
     for rows in (1, 5, 30):
-        x = torch.randn(rows, 600).bfloat16()
+        x = torch.randn(rows, inputs).bfloat16()
         expected = linear(x.float(), wide)
         assert torch.equal(linear(x, packed), expected.bfloat16())
-        assert torch.equal(linear(x, packed, out=torch.empty(rows, 48)), expected)
+        assert torch.equal(linear(x, packed, out=torch.empty(rows, outputs)), expected)
 
 
-def test_onednn_computes_the_same_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CPUs with AVX-512 BF16 run, here in float32 unless this is one."""
-    monkeypatch.setattr(module, "_has_avx512_bf16", lambda: True)
-    weight, bias = make(48, 600, torch.bfloat16, True)
-    try:
-        packed = LinearWeight(weight, bias)
-    except RuntimeError as error:
-        pytest.skip(f"oneDNN has no packed bfloat16 weights on this CPU: {error}")
-    assert not packed.recordable
-    probe_row_invariance(packed)
+@PAIRS
+@SHAPES
+def test_products_of_pairs_have_the_same_bits(outputs: int, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias = make(outputs, inputs, torch.bfloat16, True)
+    of_pairs, of_panels = LinearWeight(weight, bias), panels(monkeypatch, weight, bias)
+    assert of_pairs.description != of_panels.description
+    for rows in (1, 3, 8, 9, 30):
+        x = torch.randn(rows, inputs).bfloat16()
+        out = torch.empty(2, rows, outputs)
+        assert torch.equal(linear(x, of_pairs, out=out[0]), linear(x, of_panels, out=out[1]))
 
 
 def test_the_probe_names_the_row_counts_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:

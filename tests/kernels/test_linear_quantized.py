@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from kernels import linear as module
-from kernels.linear import LinearWeight, Quantization, linear, linear_reference, probe_row_invariance
+from kernels.linear import (
+    LinearWeight,
+    Quantization,
+    has_pairs,
+    linear,
+    linear_reference,
+    packing,
+    probe_row_invariance,
+)
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 BITS = pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
@@ -90,7 +98,8 @@ def test_every_weight_is_the_nearest_multiple(
     if symmetric:
         scale = groups.abs().amax(2, keepdim=True) / (2 ** (bits - 1) - 1)
     else:
-        scale = (groups.amax(2, keepdim=True) - groups.amin(2, keepdim=True)) / (2**bits - 1)
+        steps = 15 if bits == 4 else 254  # int8 goes without -128
+        scale = (groups.amax(2, keepdim=True) - groups.amin(2, keepdim=True)) / steps
     error = (made - weight).abs().unflatten(1, (-1, group or inputs))
     assert made.dtype == torch.float32
     assert (error <= scale * 0.5001 + 1e-7).all()
@@ -100,7 +109,7 @@ def test_every_weight_is_the_nearest_multiple(
 
 @BITS
 def test_offsets_use_every_integer(bits: int) -> None:
-    weight = torch.linspace(3, 7, 2**bits)[None].repeat(2, 1)
+    weight = torch.linspace(3, 7, 16 if bits == 4 else 255)[None].repeat(2, 1)
     made = LinearWeight(weight, None, Quantization(bits, symmetric=False)).dequantize()
     torch.testing.assert_close(made, weight, rtol=0, atol=1e-6)
     signed = LinearWeight(weight, None, Quantization(bits)).dequantize()
@@ -152,16 +161,30 @@ def test_a_step_reads_half_and_a_quarter_of_the_bytes() -> None:
     assert LinearWeight(weight, None, Quantization(4, 64)).num_bytes == 64 * 512 // 2 + 4 * 64 * 8
     assert LinearWeight(weight.float()).num_bytes == 64 * 512 * 4
     assert LinearWeight(weight, None, Quantization(4, 64)).description == (
-        "int4 panels, groups of 64, symmetric, float32 sums"
+        f"int4 {packing(torch.bfloat16)}, groups of 64, symmetric"
     )
 
 
-def test_it_stays_with_the_panels_where_bfloat16_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_has_avx512_bf16", lambda: True)
-    weight, bias = make(40, 64, torch.bfloat16)
-    packed = LinearWeight(weight, bias, Quantization(8))
-    assert packed.recordable
-    probe_row_invariance(packed)
+@pytest.mark.skipif(not has_pairs(torch.bfloat16), reason="this CPU has no dot products of bfloat16 pairs")
+@BITS
+@KINDS
+@SHAPES
+def test_products_of_pairs_are_those_of_panels(
+    outputs: int, inputs: int, group: int | None, bits: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = *make(outputs, inputs, torch.bfloat16), Quantization(bits, group, symmetric)
+    of_pairs = LinearWeight(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_cpu_has_pairs", lambda: False)
+        of_panels = LinearWeight(*arguments)
+    assert torch.equal(of_pairs.dequantize(), of_panels.dequantize())
+    for rows in (1, 3, 8, 9, 30):
+        x = torch.randn(rows, inputs).bfloat16()
+        ours, theirs = (linear(x, packed, out=torch.empty(rows, outputs)) for packed in (of_pairs, of_panels))
+        if bits == 8:
+            assert torch.equal(ours, theirs)
+        else:  # where integers are summed around 8
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_broken_contracts_are_refused() -> None:
@@ -173,7 +196,7 @@ def test_broken_contracts_are_refused() -> None:
             Quantization(4, group)
     with pytest.raises(ValueError, match="72 input features cannot be cut into groups of 64"):
         LinearWeight(weight, None, Quantization(4, 64))
-    with pytest.raises(ValueError, match="float32 panels, float32 sums: not quantized"):
+    with pytest.raises(ValueError, match="float32 panels, float32 products: not quantized"):
         LinearWeight(weight).dequantize()
     with pytest.raises(ValueError, match="x must be"):
         linear(torch.randn(2, 72).bfloat16(), LinearWeight(weight, None, Quantization(8)))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import linear
 from shared.batch import BatchEntry, build_batch
 from shared.checkpoint import open_checkpoint
 from shared.config import QuantizationMode, load_config
@@ -125,9 +126,18 @@ def test_a_small_model_leaves_nothing_in_the_cache(cache: Path, tiny_model: Call
 
 
 def test_how_it_is_quantized_decides_the_file() -> None:
-    packings = {packing_of("none"), packing_of("int8"), packing_of("int4")}
+    packings = {packing_of(mode, torch.bfloat16) for mode in ("none", "int8", "int4")}
     assert len(packings) == 3
-    assert "group=" in packing_of("int4"), "another group size must not find the old file"
+    assert "group=" in packing_of("int4", torch.bfloat16), "another group size must not find the old file"
+
+
+def test_what_the_cpu_multiplies_decides_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    packings = set()
+    for has_pairs in (False, True):
+        monkeypatch.setattr(linear, "_cpu_has_pairs", lambda has_pairs=has_pairs: has_pairs)
+        packings.add(packing_of("none", torch.bfloat16))
+        packings.add(packing_of("none", torch.float32))
+    assert len(packings) == 2
 
 
 def test_processes_that_start_at_once_pack_once(cache: Path, tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+/* What the linears share: the job, the blocks that sums are made of, and how a sum becomes part of the total.
+ *
+ * An output is summed in one order, whatever rows are beside it: BLOCKs of input features from zero; the blocks added in
+ * order; then the bias. Within a block by fused multiply-adds, pair of features by pair, the second of a pair first: the order
+ * of AVX-512's dot product of bfloat16 pairs, whose bits are these (measured; but denormals, which it takes for 0).
+ *
+ * Integers q stand for w = scale * q + offset, of a scale and perhaps an offset for each group of input features and output,
+ * packed [ceil(out / WIDTH)][groups][WIDTH]. A block then ends with its group at the latest, and is added as
+ *
+ *     total = fma(sum over the block of x q, scale, total)
+ *     total = fma(sum over the block of x, offset, total)
+ *
+ * The sum of x is made once for each row, in LANES lanes.
+ */
+#ifndef TANDEM_LINEAR_H
+#define TANDEM_LINEAR_H
+
+#include "simd.h"
+#include "team.h"
+
+enum { INT8 = 2, INT4 = 3 }; /* dtypes of weights alone, beside FLOAT32 and BFLOAT16 */
+
+enum {
+    WIDTH = 32, /* output features of a panel */
+    VECTORS = WIDTH / VL,
+    BLOCK = 256,        /* input features summed from zero, at most */
+    STRIP = 240,        /* rows of a chunk, where there are more than a few */
+    WORD = 8,           /* input features of a word of INT4 */
+    AHEAD_BYTES = 2048, /* how far ahead of its use a weight is fetched */
+};
+
+typedef struct {
+    const void *x, *w; /* x as the op has prepared it */
+    const float *scale, *offset; /* [panels][groups][WIDTH], or NULL */
+    const float *sums;           /* of x: [rows][blocks], or NULL */
+    const void *bias;
+    void *y;
+    int64_t rows, in, out, panels;
+    int64_t group, groups, blocks; /* input features of a group; groups and blocks of a row */
+    int w_dtype, bias_dtype, y_dtype;
+    const uint32_t (*masks)[16]; /* of INT4 words, as if they were not known */
+} Linear;
+
+/* Input features that are summed from zero. */
+typedef struct {
+    int64_t start, depth, group, index;
+} Block;
+
+/* How the sums of a block become part of the total. Pointers are to the first of the rows and columns meant. */
+typedef struct {
+    const float *scale, *offset, *sums;
+    int64_t blocks;
+    int first;
+} Fold;
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Of the ops' arguments: x, w, scale or NULL, offset or NULL, bias or NULL, y; rows, in, out, input features of a group
+ * (without a scale: in); dtypes of x, w, bias and y; threads. */
+INLINE Linear linear_of(const Arg *a) {
+    Linear job = {
+        .x = a[0].p, .w = a[1].p, .scale = a[2].p, .offset = a[3].p, .bias = a[4].p, .y = a[5].p,
+        .rows = a[6].i, .in = a[7].i, .out = a[8].i, .group = a[9].i,
+        .w_dtype = (int)a[11].i, .bias_dtype = (int)a[12].i, .y_dtype = (int)a[13].i,
+    };
+    job.panels = (job.out + WIDTH - 1) / WIDTH;
+    job.groups = job.in / job.group;
+    job.blocks = job.groups * ((job.group + BLOCK - 1) / BLOCK);
+    return job;
+}
+
+INLINE int64_t linear_threads(const Arg *a) { return a[6].i * a[7].i * a[8].i < 65536 ? 1 : a[14].i; }
+
+/* Moves to the block after this one, from {0} to the first. 0 behind the last. */
+INLINE int next_block(const Linear *job, Block *block) {
+    block->index += block->depth > 0;
+    block->start += block->depth;
+    block->group += block->depth > 0 && block->start == (block->group + 1) * job->group;
+    block->depth = smaller(BLOCK, (block->group + 1) * job->group - block->start);
+    return block->start < job->in;
+}
+
+INLINE Fold fold_of(const Linear *job, int64_t panel, int64_t row, const Block *block) {
+    int64_t element = (panel * job->groups + block->group) * WIDTH;
+    return (Fold){
+        job->scale ? job->scale + element : NULL,
+        job->offset ? job->offset + element : NULL,
+        job->sums ? job->sums + row * job->blocks + block->index : NULL,
+        job->blocks,
+        block->start == 0,
+    };
+}
+
+/* Adds the sum of row r and the columns from `column` to their total. middle: what the integers are too large by. */
+INLINE void add_sum(float *total, vf sum, const Fold *fold, int64_t r, int64_t column, int integers, float middle) {
+    if (!integers) {
+        vf_store(total, fold->first ? sum : vf_load(total) + sum);
+        return;
+    }
+    vf scale = vf_load(fold->scale + column), of_x = vf_set1(fold->sums ? fold->sums[r * fold->blocks] : 0.0f);
+    if (middle) sum = vf_fma(of_x, vf_set1(-middle), sum);
+    vf value = fold->first ? sum * scale : vf_fma(sum, scale, vf_load(total));
+    if (fold->offset) value = vf_fma(of_x, vf_load(fold->offset + column), value);
+    vf_store(total, value);
+}
+
+/* Totals of rows from `first_row` and a panel to y. */
+INLINE void finish(const Linear *job, int64_t panel, int64_t first_row, int64_t rows, const float *total) {
+    int64_t first = panel * WIDTH, count = smaller(job->out - first, WIDTH);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < count; i += 8) {
+            int64_t n = smaller(count - i, 8);
+            v8 sum = v8_load(total + r * WIDTH + i);
+            if (job->bias) sum += read8(job->bias, first + i, n, job->bias_dtype);
+            write8(job->y, (first_row + r) * job->out + first + i, n, job->y_dtype, sum);
+        }
+}
+
+/* The sums of a row's blocks. x: the row. */
+INLINE void sum_blocks(const Linear *job, const void *x, int x_dtype, float *sums) {
+    for (Block block = {0}; next_block(job, &block);) {
+        float lanes[LANES] = {0};
+        for (int64_t k = 0; k < block.depth; k += 8) {
+            float *lane = lanes + k % LANES;
+            v8_store(lane, v8_load(lane) + read8(x, block.start + k, smaller(block.depth - k, 8), x_dtype));
+        }
+        sums[block.index] = sum_lanes(lanes);
+    }
+}
+
+#endif

@@ -1,0 +1,273 @@
+/* y = x W^T + bias of bfloat16 rows, by AVX-512's dot products of bfloat16 pairs; order of sums and integers as linear.h says.
+ *
+ * An instruction takes two input features of 16 outputs. So panels are of pairs, [ceil(out / WIDTH)][ceil(in / 2)][WIDTH][2],
+ * filled up with zeros, and the weight of a bfloat16 panel is never widened. Integers, being small, are bfloat16 without loss:
+ *
+ * INT8  one 64-byte vector is a pair of all the panel's outputs, in the order 0-3, 16-19, 4-7, 20-23 ...: unpacking what a
+ *       table says of their bytes gives outputs 0-15 and 16-31.
+ * INT4  [ceil(out / WIDTH)][ceil(in / 8)][WIDTH] words, whose lower half holds q + 8 of features 0, 2, 4, 6, from the lowest
+ *       bits up, and whose upper half of 1, 3, 5, 7: shifted down, the halves of a word index a table.
+ *
+ * Few rows read the weight as it lies in memory. Of more rows, integers are made bfloat16 a block at a time, and x is laid out
+ * as the tiles of rows read it.
+ */
+#include "linear.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VBMI__)
+
+enum {
+    FEW = 8, /* rows up to which the weight is read as it lies */
+    TILE_ROWS = 12,
+    TILES = STRIP / TILE_ROWS,
+    PAIRS = WORD / 2, /* in a word of INT4 */
+};
+
+typedef __m512i Bits;
+
+INLINE Bits bits_load(const void *p) { return _mm512_loadu_si512(p); }
+
+/* What makes integers bfloat16: the lower and upper bytes of 0 to 127; -8 to 7, twice. */
+static uint8_t LOWER[128], UPPER[128];
+static uint16_t NIBBLES[32];
+
+__attribute__((constructor)) static void make_tables(void) {
+    for (int i = 0; i < 128; i++) {
+        float integer = (float)i, nibble = (float)(i % 16 - 8);
+        uint32_t bits;
+        memcpy(&bits, &integer, sizeof bits);
+        LOWER[i] = (uint8_t)(bits >> 16), UPPER[i] = (uint8_t)(bits >> 24);
+        memcpy(&bits, &nibble, sizeof bits);
+        NIBBLES[i % 32] = (uint16_t)(bits >> 16);
+    }
+}
+
+/* The bytes of a pair of a panel. */
+INLINE int64_t pair_bytes(int dtype) { return dtype == INT4 ? WIDTH : dtype == INT8 ? WIDTH * 2 : WIDTH * 4; }
+
+INLINE const char *panel_of(const Linear *job, int64_t panel) {
+    int64_t pairs = job->w_dtype == INT4 ? (job->in + WORD - 1) / WORD * PAIRS : job->in / 2;
+    return (const char *)job->w + panel * pairs * pair_bytes(job->w_dtype);
+}
+
+/* Pair i of those that begin at w, as bfloat16. */
+INLINE void pair_of(const char *w, int i, Bits pair[2], int dtype) {
+    if (dtype == INT4) {
+        Bits nibbles = bits_load(NIBBLES);
+        pair[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bits_load(w), 4 * i), nibbles);
+        pair[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bits_load(w + 64), 4 * i), nibbles);
+    } else if (dtype == INT8) {
+        Bits integers = bits_load(w + i * 64), size = _mm512_abs_epi8(integers);
+        Bits lower = _mm512_permutex2var_epi8(bits_load(LOWER), size, bits_load(LOWER + 64));
+        Bits upper = _mm512_permutex2var_epi8(bits_load(UPPER), size, bits_load(UPPER + 64));
+        upper = _mm512_or_si512(upper, _mm512_and_si512(integers, _mm512_set1_epi8((char)0x80)));
+        pair[0] = _mm512_unpacklo_epi8(lower, upper);
+        pair[1] = _mm512_unpackhi_epi8(lower, upper);
+    } else {
+        pair[0] = bits_load(w + i * 128);
+        pair[1] = bits_load(w + i * 128 + 64);
+    }
+}
+
+/* `rows` rows times `pairs` pairs of a block: x[r * row_stride + k * pair_stride] is a pair of row r. */
+INLINE void tile(
+    int rows, int64_t pairs, const int32_t *x, int64_t row_stride, int64_t pair_stride, const char *w, float *total,
+    const Fold *fold, int64_t row, int dtype, int integers
+) {
+    const int step = dtype == INT4 ? PAIRS : 1;
+    vf sum[TILE_ROWS][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = vf_set1(0.0f);
+    for (int64_t k = 0; k < pairs; k += step) {
+        const char *here = w + k * pair_bytes(dtype);
+        if (pair_stride == 1) { /* read from memory, where the next panel follows: what is fetched ahead is wanted */
+            __builtin_prefetch(here + AHEAD_BYTES);
+            if (dtype != INT8) __builtin_prefetch(here + AHEAD_BYTES + 64);
+        }
+#pragma GCC unroll 4
+        for (int n = 0; n < step; n++) {
+            if (dtype == INT4 && k + n >= pairs) break;
+            Bits pair[2];
+            pair_of(here, n, pair, dtype);
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; r++) {
+                __m512bh value = (__m512bh)_mm512_set1_epi32(x[r * row_stride + (k + n) * pair_stride]);
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++)
+                    sum[r][i] = (vf)_mm512_dpbf16_ps((__m512)sum[r][i], (__m512bh)pair[i], value);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++)
+            add_sum(total + r * WIDTH + i * VL, sum[r][i], fold, row + r, i * VL, integers, 0);
+}
+
+/* Up to FEW rows times a panel as it lies. */
+INLINE void few_rows(int rows, const Linear *job, int64_t panel, float *total, int dtype) {
+    const char *w = panel_of(job, panel);
+    for (Block block = {0}; next_block(job, &block);) {
+        Fold fold = fold_of(job, panel, 0, &block);
+        const int32_t *x = (const int32_t *)job->x + block.start / 2;
+        const char *from = w + block.start / 2 * pair_bytes(dtype);
+        tile(rows, block.depth / 2, x, job->in / 2, 1, from, total, &fold, 0, dtype, dtype != BFLOAT16);
+    }
+}
+
+static void few_rows_chunk(const void *argument, int64_t panel) {
+    const Linear *job = argument;
+    float total[FEW * WIDTH] __attribute__((aligned(64)));
+    switch (job->rows * 4 + job->w_dtype) {
+#define FEW_OF(n, dtype) case n * 4 + dtype: few_rows(n, job, panel, total, dtype); break;
+#define FEW_ROWS(n) FEW_OF(n, BFLOAT16) FEW_OF(n, INT8) FEW_OF(n, INT4)
+        FEW_ROWS(1) FEW_ROWS(2) FEW_ROWS(3) FEW_ROWS(4) FEW_ROWS(5) FEW_ROWS(6) FEW_ROWS(7) FEW_ROWS(8)
+    }
+    finish(job, panel, 0, job->rows, total);
+}
+
+/* The rows of a strip in tiles as equal as they get: a tile of few rows waits for its own sums. */
+typedef struct {
+    int64_t first, rows, count;
+} Strip;
+
+INLINE Strip strip_at(const Linear *job, int64_t index) {
+    int64_t first = index * STRIP, rows = smaller(job->rows - first, STRIP);
+    return (Strip){first, rows, (rows + TILE_ROWS - 1) / TILE_ROWS};
+}
+
+/* The first row of a tile, from the strip's. */
+INLINE int64_t tile_start(const Strip *strip, int64_t index) { return index * strip->rows / strip->count; }
+
+/* A block of a panel as bfloat16: `wide`, or where it lies if it is. */
+static const char *widened(const char *w, int64_t pairs, char *wide, int dtype) {
+    if (dtype == BFLOAT16) return w;
+    for (int64_t k = 0; k < pairs; k++) {
+        Bits pair[2];
+        if (dtype == INT8) pair_of(w + k * 64, 0, pair, INT8);
+        else {
+            const char *words = w + k / PAIRS * 128;
+            switch (k % PAIRS) {
+#define PAIR_OF(n) case n: pair_of(words, n, pair, INT4); break;
+                PAIR_OF(0) PAIR_OF(1) PAIR_OF(2) PAIR_OF(3)
+            }
+        }
+        _mm512_store_si512(wide + k * 128, pair[0]);
+        _mm512_store_si512(wide + k * 128 + 64, pair[1]);
+    }
+    return wide;
+}
+
+INLINE void strip_block(
+    const Linear *job, const Strip *strip, const Block *block, const char *w, const Fold *fold, float *total, int integers
+) {
+    for (int64_t i = 0; i < strip->count; i++) {
+        int64_t row = tile_start(strip, i), rows = tile_start(strip, i + 1) - row;
+        const int32_t *x = (const int32_t *)job->x + (strip->first + row) * (job->in / 2) + rows * (block->start / 2);
+        float *to = total + row * WIDTH;
+        switch (rows) {
+#define TILE_OF(n) case n: tile(n, block->depth / 2, x, 1, n, w, to, fold, row, BFLOAT16, integers); break;
+            TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6)
+            TILE_OF(7) TILE_OF(8) TILE_OF(9) TILE_OF(10) TILE_OF(11) TILE_OF(12)
+        }
+    }
+}
+
+/* A strip of rows times one panel; all strips of a panel come after each other. */
+static void strip_chunk(const void *argument, int64_t chunk) {
+    const Linear *job = argument;
+    int64_t strips = (job->rows + STRIP - 1) / STRIP, panel = chunk / strips;
+    Strip strip = strip_at(job, chunk % strips);
+    float total[STRIP * WIDTH] __attribute__((aligned(64)));
+    char wide[BLOCK / 2 * 128] __attribute__((aligned(64)));
+    const char *w = panel_of(job, panel);
+    for (Block block = {0}; next_block(job, &block);) {
+        const char *from = w + block.start / 2 * pair_bytes(job->w_dtype);
+        const char *pairs = widened(from, block.depth / 2, wide, job->w_dtype);
+        Fold fold = fold_of(job, panel, strip.first, &block);
+        if (job->w_dtype == BFLOAT16) strip_block(job, &strip, &block, pairs, &fold, total, 0);
+        else strip_block(job, &strip, &block, pairs, &fold, total, 1);
+    }
+    finish(job, panel, strip.first, strip.rows, total);
+}
+
+/* What of x is computed before the products: its copy, pairs of rows or of tiles, and the sums of its blocks, each or NULL. */
+typedef struct {
+    const Linear *linear; /* whose `in` is even: that of x and one feature more, if need be */
+    const uint16_t *x;
+    int64_t in; /* of x */
+    int32_t *copy;
+    float *sums;
+} Prepare;
+
+/* Pair k of a row, whose last feature may have no other. */
+INLINE int32_t x_pair(const Prepare *job, const uint16_t *row, int64_t k) {
+    int32_t pair = 0;
+    memcpy(&pair, row + 2 * k, 2 * k + 1 < job->in ? sizeof pair : sizeof *row);
+    return pair;
+}
+
+static void sum_row(const Prepare *job, int64_t row) {
+    Linear linear = *job->linear;
+    linear.in = job->in, linear.group = linear.groups == 1 ? job->in : linear.group;
+    sum_blocks(&linear, job->x + row * job->in, BFLOAT16, job->sums + row * linear.blocks);
+}
+
+static void prepare_few_rows(const Prepare *job) {
+    int64_t pairs = job->linear->in / 2;
+    for (int64_t row = 0; row < job->linear->rows; row++) {
+        for (int64_t k = 0; job->copy && k < pairs; k++)
+            job->copy[row * pairs + k] = x_pair(job, job->x + row * job->in, k);
+        if (job->sums) sum_row(job, row);
+    }
+}
+
+/* A tile: pair by pair of its rows. */
+static void prepare_tile(const void *argument, int64_t index) {
+    const Prepare *job = argument;
+    Strip strip = strip_at(job->linear, index / TILES);
+    if (index % TILES >= strip.count) return;
+    int64_t first = tile_start(&strip, index % TILES), rows = tile_start(&strip, index % TILES + 1) - first;
+    int64_t pairs = job->linear->in / 2;
+    const uint16_t *x = job->x + (strip.first + first) * job->in;
+    int32_t *to = job->copy + (strip.first + first) * pairs;
+    for (int64_t k = 0; k < pairs; k++)
+        for (int64_t r = 0; r < rows; r++) *to++ = x_pair(job, x + r * job->in, k);
+    for (int64_t r = 0; job->sums && r < rows; r++) sum_row(job, strip.first + first + r);
+}
+
+/* Arguments as linear_of takes them; x is bfloat16, w of pairs. Returns 0, or -1 without memory. */
+int64_t tandem_linear_pairs(const Arg *a) {
+    Linear job = linear_of(a);
+    Prepare prepare = {.linear = &job, .x = a[0].p, .in = job.in};
+    int64_t threads = linear_threads(a), strips = (job.rows + STRIP - 1) / STRIP;
+    if (job.in % 2) {
+        job.group = job.groups == 1 ? job.in + 1 : job.group;
+        job.in += 1;
+    }
+    if (job.rows > FEW || job.in != prepare.in) {
+        job.x = prepare.copy = scratch(SCRATCH_LINEAR, (size_t)(job.rows * job.in) * sizeof(uint16_t));
+        if (!prepare.copy) return -1;
+    }
+    if (job.offset) {
+        job.sums = prepare.sums = scratch(SCRATCH_SUMS, (size_t)(job.rows * job.blocks) * sizeof(float));
+        if (!prepare.sums) return -1;
+    }
+    if (job.rows <= FEW) {
+        prepare_few_rows(&prepare);
+        team_run(threads, job.panels, few_rows_chunk, &job);
+    } else {
+        team_run(threads, strips * TILES, prepare_tile, &prepare);
+        team_run(threads, job.panels * strips, strip_chunk, &job);
+    }
+    return 0;
+}
+
+int64_t tandem_has_pairs(const Arg *a) { return (void)a, 1; }
+
+#else
+
+int64_t tandem_linear_pairs(const Arg *a) { return (void)a, -1; }
+int64_t tandem_has_pairs(const Arg *a) { return (void)a, 0; }
+
+#endif
