@@ -169,14 +169,16 @@ INLINE void few_rows_panel(const Linear *job, int64_t panel, float *total, int d
     }
 }
 
-static void few_rows_chunk(const void *argument, int64_t panel) {
+static void few_rows_chunk(const void *argument, int64_t chunk) {
     const Linear *job = argument;
     float total[FEW * WIDTH] __attribute__((aligned(64)));
-    if (job->w_dtype == BFLOAT16) few_rows_panel(job, panel, total, BFLOAT16);
-    else if (job->w_dtype == INT8) few_rows_panel(job, panel, total, INT8);
-    else if (job->w_dtype == INT4) few_rows_panel(job, panel, total, INT4);
-    else few_rows_panel(job, panel, total, FLOAT32);
-    finish(job, panel, 0, job->rows, total);
+    for (int64_t panel = first_panel(job, chunk); panel < first_panel(job, chunk + 1); panel++) {
+        if (job->w_dtype == BFLOAT16) few_rows_panel(job, panel, total, BFLOAT16);
+        else if (job->w_dtype == INT8) few_rows_panel(job, panel, total, INT8);
+        else if (job->w_dtype == INT4) few_rows_panel(job, panel, total, INT4);
+        else few_rows_panel(job, panel, total, FLOAT32);
+        finish(job, panel, 0, job->rows, total);
+    }
 }
 
 /* `depth` input features of a panel as float32: `wide`, or where they lie if they are. */
@@ -253,7 +255,8 @@ int64_t tandem_linear(const Arg *a) {
     }
     if (prepare.copy || prepare.sums)
         team_run(threads, (job.rows + prepare.rows_of_chunk - 1) / prepare.rows_of_chunk, prepare_chunk, &prepare);
-    if (job.rows <= FEW) team_run(threads, job.panels, few_rows_chunk, &job);
+    job.chunks = few_rows_chunks(&job, threads);
+    if (job.rows <= FEW) team_run(threads, job.chunks, few_rows_chunk, &job);
     else team_run(threads, job.panels * ((job.rows + STRIP - 1) / STRIP), strip_chunk, &job);
     return 0;
 }

@@ -37,6 +37,7 @@ typedef struct {
     void *y;
     int64_t rows, in, out, panels;
     int64_t group, groups, blocks; /* input features of a group; groups and blocks of a row */
+    int64_t chunks; /* of panels, with few rows */
     int w_dtype, bias_dtype, y_dtype;
     const uint32_t (*masks)[16]; /* of INT4 words, as if they were not known */
 } Linear;
@@ -70,6 +71,11 @@ INLINE Linear linear_of(const Arg *a) {
 }
 
 INLINE int64_t linear_threads(const Arg *a) { return a[6].i * a[7].i * a[8].i < 65536 ? 1 : a[14].i; }
+
+/* Panels of a chunk follow each other in memory, and what is fetched ahead of one is the next: measured, a step of one row
+ * takes 0.6 to 0.9 of what it does with a chunk for each panel. A few chunks for each thread let the faster one do more. */
+INLINE int64_t few_rows_chunks(const Linear *job, int64_t threads) { return smaller(job->panels, 3 * threads); }
+INLINE int64_t first_panel(const Linear *job, int64_t chunk) { return chunk * job->panels / job->chunks; }
 
 /* Moves to the block after this one, from {0} to the first. 0 behind the last. */
 INLINE int next_block(const Linear *job, Block *block) {

@@ -79,10 +79,9 @@ INLINE void tile(
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = vf_set1(0.0f);
     for (int64_t k = 0; k < pairs; k += step) {
         const char *here = w + k * pair_bytes(dtype);
-        if (pair_stride == 1) { /* read from memory, where the next panel follows: what is fetched ahead is wanted */
-            __builtin_prefetch(here + AHEAD_BYTES);
-            if (dtype != INT8) __builtin_prefetch(here + AHEAD_BYTES + 64);
-        }
+        /* The next panel follows in memory, so what is fetched ahead is always wanted. */
+        __builtin_prefetch(here + AHEAD_BYTES);
+        if (dtype != INT8) __builtin_prefetch(here + AHEAD_BYTES + 64);
 #pragma GCC unroll 4
         for (int n = 0; n < step; n++) {
             if (dtype == INT4 && k + n >= pairs) break;
@@ -115,15 +114,17 @@ INLINE void few_rows(int rows, const Linear *job, int64_t panel, float *total, i
     }
 }
 
-static void few_rows_chunk(const void *argument, int64_t panel) {
+static void few_rows_chunk(const void *argument, int64_t chunk) {
     const Linear *job = argument;
     float total[FEW * WIDTH] __attribute__((aligned(64)));
-    switch (job->rows * 4 + job->w_dtype) {
+    for (int64_t panel = first_panel(job, chunk); panel < first_panel(job, chunk + 1); panel++) {
+        switch (job->rows * 4 + job->w_dtype) {
 #define FEW_OF(n, dtype) case n * 4 + dtype: few_rows(n, job, panel, total, dtype); break;
 #define FEW_ROWS(n) FEW_OF(n, BFLOAT16) FEW_OF(n, INT8) FEW_OF(n, INT4)
-        FEW_ROWS(1) FEW_ROWS(2) FEW_ROWS(3) FEW_ROWS(4) FEW_ROWS(5) FEW_ROWS(6) FEW_ROWS(7) FEW_ROWS(8)
+            FEW_ROWS(1) FEW_ROWS(2) FEW_ROWS(3) FEW_ROWS(4) FEW_ROWS(5) FEW_ROWS(6) FEW_ROWS(7) FEW_ROWS(8)
+        }
+        finish(job, panel, 0, job->rows, total);
     }
-    finish(job, panel, 0, job->rows, total);
 }
 
 /* The rows of a strip in tiles as equal as they get: a tile of few rows waits for its own sums. */
@@ -200,40 +201,39 @@ typedef struct {
     float *sums;
 } Prepare;
 
-/* Pair k of a row, whose last feature may have no other. */
-INLINE int32_t x_pair(const Prepare *job, const uint16_t *row, int64_t k) {
-    int32_t pair = 0;
-    memcpy(&pair, row + 2 * k, 2 * k + 1 < job->in ? sizeof pair : sizeof *row);
-    return pair;
-}
-
 static void sum_row(const Prepare *job, int64_t row) {
     Linear linear = *job->linear;
     linear.in = job->in, linear.group = linear.groups == 1 ? job->in : linear.group;
     sum_blocks(&linear, job->x + row * job->in, BFLOAT16, job->sums + row * linear.blocks);
 }
 
-static void prepare_few_rows(const Prepare *job) {
-    int64_t pairs = job->linear->in / 2;
-    for (int64_t row = 0; row < job->linear->rows; row++) {
-        for (int64_t k = 0; job->copy && k < pairs; k++)
-            job->copy[row * pairs + k] = x_pair(job, job->x + row * job->in, k);
-        if (job->sums) sum_row(job, row);
-    }
+/* Pair k of row r goes to copy[r * row_stride + k * pair_stride]. */
+INLINE void copy_pairs(const Prepare *job, int64_t first, int64_t rows, int64_t row_stride, int64_t pair_stride) {
+    int64_t pairs = job->in / 2;
+    const uint16_t *x = job->x + first * job->in;
+    int32_t *to = job->copy + first * (job->linear->in / 2);
+    for (int64_t k = 0; k < pairs; k++)
+        for (int64_t r = 0; r < rows; r++)
+            memcpy(to + r * row_stride + k * pair_stride, x + r * job->in + 2 * k, sizeof *to);
+    for (int64_t r = 0; job->in % 2 && r < rows; r++)
+        to[r * row_stride + pairs * pair_stride] = x[r * job->in + 2 * pairs]; /* and 0 */
 }
 
-/* A tile: pair by pair of its rows. */
+static void prepare_few_rows(const Prepare *job) {
+    int64_t rows = job->linear->rows;
+    if (job->copy) copy_pairs(job, 0, rows, job->linear->in / 2, 1);
+    for (int64_t row = 0; job->sums && row < rows; row++) sum_row(job, row);
+}
+
 static void prepare_tile(const void *argument, int64_t index) {
     const Prepare *job = argument;
     Strip strip = strip_at(job->linear, index / TILES);
     if (index % TILES >= strip.count) return;
-    int64_t first = tile_start(&strip, index % TILES), rows = tile_start(&strip, index % TILES + 1) - first;
-    int64_t pairs = job->linear->in / 2;
-    const uint16_t *x = job->x + (strip.first + first) * job->in;
-    int32_t *to = job->copy + (strip.first + first) * pairs;
-    for (int64_t k = 0; k < pairs; k++)
-        for (int64_t r = 0; r < rows; r++) *to++ = x_pair(job, x + r * job->in, k);
-    for (int64_t r = 0; job->sums && r < rows; r++) sum_row(job, strip.first + first + r);
+    int64_t first = strip.first + tile_start(&strip, index % TILES);
+    int64_t rows = strip.first + tile_start(&strip, index % TILES + 1) - first;
+    if (rows == TILE_ROWS) copy_pairs(job, first, TILE_ROWS, 1, TILE_ROWS);
+    else copy_pairs(job, first, rows, 1, rows);
+    for (int64_t r = 0; job->sums && r < rows; r++) sum_row(job, first + r);
 }
 
 /* Arguments as linear_of takes them; x is bfloat16, w of pairs. Returns 0, or -1 without memory. */
@@ -255,7 +255,8 @@ int64_t tandem_linear_pairs(const Arg *a) {
     }
     if (job.rows <= FEW) {
         prepare_few_rows(&prepare);
-        team_run(threads, job.panels, few_rows_chunk, &job);
+        job.chunks = few_rows_chunks(&job, threads);
+        team_run(threads, job.chunks, few_rows_chunk, &job);
     } else {
         team_run(threads, strips * TILES, prepare_tile, &prepare);
         team_run(threads, job.panels * strips, strip_chunk, &job);
