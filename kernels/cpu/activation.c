@@ -5,27 +5,16 @@
 
 enum { SILU = 0, GELU_TANH = 1 };
 
-INLINE v8 sigmoid(v8 z) {
-#if VL == 16
-    vf wide = {0};
-    memcpy(&wide, &z, sizeof z);
-    wide = vf_exp(-wide);
-    v8 e;
-    memcpy(&e, &wide, sizeof e);
-#else
-    v8 e = (v8)vf_exp((vf)-z);
-#endif
-    return 1.0f / (1.0f + e);
-}
+INLINE vf sigmoid(vf z) { return 1.0f / (1.0f + vf_exp(-z)); }
 
 INLINE void row(const void *gate_up, void *y, int64_t r, int64_t width, int dtype, int function) {
-    for (int64_t i = 0; i < width; i += 8) {
-        int64_t n = width - i < 8 ? width - i : 8;
-        v8 gate = read8(gate_up, r * 2 * width + i, n, dtype);
-        v8 up = read8(gate_up, r * 2 * width + width + i, n, dtype);
-        v8 z = gate;
+    for (int64_t i = 0; i < width; i += VL) {
+        int64_t n = width - i < VL ? width - i : VL;
+        vf gate = vf_read(gate_up, r * 2 * width + i, n, dtype);
+        vf up = vf_read(gate_up, r * 2 * width + width + i, n, dtype);
+        vf z = gate;
         if (function == GELU_TANH) z = 1.5957691216057308f * (gate + 0.044715f * (gate * gate * gate));
-        write8(y, r * width + i, n, dtype, gate * sigmoid(z) * up);
+        vf_write(y, r * width + i, n, dtype, gate * sigmoid(z) * up);
     }
 }
 

@@ -5,23 +5,23 @@
 
 INLINE void row(const void *x, const void *residual, const void *weight, void *y, void *residual_out, int64_t start,
                 int64_t width, float eps, int dtype, int weight_dtype) {
-    v8 sums[2] = {{0}, {0}};
-    for (int64_t i = 0; i < width; i += 8) {
-        int64_t n = width - i < 8 ? width - i : 8;
-        v8 value = read8(x, start + i, n, dtype);
+    vf sums[LANES / VL];
+    for (int i = 0; i < LANES / VL; i++) sums[i] = vf_set1(0.0f);
+    for (int64_t i = 0; i < width; i += VL) {
+        int64_t n = width - i < VL ? width - i : VL;
+        vf value = vf_read(x, start + i, n, dtype);
         if (residual) {
-            value += read8(residual, start + i, n, dtype);
-            if (dtype == BFLOAT16) value = bf16_widen(bf16_round(value)); /* the norm sees what the stream carries on */
-            write8(residual_out, start + i, n, dtype, value);
+            vf_write(residual_out, start + i, n, dtype, value + vf_read(residual, start + i, n, dtype));
+            value = vf_read(residual_out, start + i, n, dtype); /* the norm sees what the stream carries on */
         }
-        sums[(i / 8) & 1] += value * value;
+        sums[i / VL % (LANES / VL)] += value * value;
     }
     float inverse = 1.0f / sqrtf(sum_lanes((const float *)sums) / (float)width + eps);
     const void *source = residual ? residual_out : x;
-    for (int64_t i = 0; i < width; i += 8) {
-        int64_t n = width - i < 8 ? width - i : 8;
-        v8 scaled = read8(source, start + i, n, dtype) * inverse * read8(weight, i, n, weight_dtype);
-        write8(y, start + i, n, dtype, scaled);
+    for (int64_t i = 0; i < width; i += VL) {
+        int64_t n = width - i < VL ? width - i : VL;
+        vf scaled = vf_read(source, start + i, n, dtype) * inverse * vf_read(weight, i, n, weight_dtype);
+        vf_write(y, start + i, n, dtype, scaled);
     }
 }
 

@@ -141,6 +141,52 @@ INLINE void write8(void *base, int64_t element, int64_t n, int dtype, v8 x) {
     }
 }
 
+/* n (1 to VL) elements at base[element] as float32, zeros beyond n; and back. */
+INLINE vf vf_read(const void *base, int64_t element, int64_t n, int dtype) {
+    if (n >= VL) {
+        const void *p = at(base, element, dtype);
+        return dtype == BFLOAT16 ? vf_widen(p) : vf_load(p);
+    }
+    vf x = {0};
+    for (int64_t i = 0; i < n; i += 8) {
+        v8 part = read8(base, element + i, n - i < 8 ? n - i : 8, dtype);
+        memcpy((float *)&x + i, &part, sizeof part);
+    }
+    return x;
+}
+
+INLINE void vf_write(void *base, int64_t element, int64_t n, int dtype, vf x) {
+    void *p = (void *)at(base, element, dtype);
+#if VL == 16
+    if (n >= VL && dtype == BFLOAT16) {
+        vu bits = (vu)x, is_nan = (vu)(x != x);
+        vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        rounded = (rounded & ~is_nan) | (0x7fc0u & is_nan);
+        _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)rounded));
+        return;
+    }
+#endif
+    if (n >= VL && dtype == FLOAT32) {
+        vf_store(p, x);
+        return;
+    }
+    for (int64_t i = 0; i < n; i += 8) {
+        v8 part;
+        memcpy(&part, (const float *)&x + i, sizeof part);
+        write8(base, element + i, n - i < 8 ? n - i : 8, dtype, part);
+    }
+}
+
+INLINE float vf_highest(vf x) {
+#if VL == 16
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float highest = x[0];
+    for (int i = 1; i < VL; i++) highest = x[i] > highest ? x[i] : highest;
+    return highest;
+#endif
+}
+
 /* The fixed tree over LANES partial sums. */
 INLINE float sum_lanes(const float lanes[LANES]) {
     float part[LANES];
