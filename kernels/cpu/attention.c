@@ -6,9 +6,18 @@
  *   at the end  o / l
  * Lanes run over keys for q k^T and over dimensions for p v, and the sums over dimensions and over keys go in order, so the
  * operations of a row are the same ones however many rows share a tile in registers and however many threads run.
+ *
+ * On a CPU with AVX-512 BF16 both products of bfloat16 caches are dot products of pairs, of dimensions and of keys, as in
+ * linear_pairs.c. Weights p are then rounded to bfloat16, in the sum l too, and a key that a row does not see weighs 0.
  */
 #include "simd.h"
 #include "team.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define HAS_PAIRS 1
+#else
+#define HAS_PAIRS 0
+#endif
 
 enum {
     TILE = 64,    /* keys packed at a time; positions [TILE * i, TILE * i + TILE) */
@@ -46,10 +55,11 @@ typedef struct {
 } Rows; /* where the keys and values of a tile lie */
 
 typedef struct {
-    float *q;      /* groups of [head_dim][rows of the group], scaled */
-    float *keys;   /* [head_dim][TILE] */
-    float *values; /* [TILE][padded_dim]; unused where the cache can be read in place */
+    float *q;      /* groups of [head_dim][rows of the group], scaled; or of pairs, and not scaled */
+    float *keys;   /* [head_dim][TILE]; or pairs: [head_dim / 2][TILE] */
+    float *values; /* [TILE][padded_dim], unused where the cache can be read in place; or pairs: [TILE / 2][padded_dim] */
     float *scores; /* [ROWS][TILE] */
+    int32_t *weights; /* of pairs: [ROWS][TILE / 2] */
     State total, part;
     Rows rows[2]; /* this tile and the next */
 } Scratch;
@@ -274,6 +284,175 @@ static void softmax_row(float *scores, int64_t begin, int64_t end, float *m, flo
     *l += sum_lanes(lanes);
 }
 
+#if HAS_PAIRS
+
+INLINE vf dot_pairs(vf sum, __m512i pairs, int32_t value) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(value));
+}
+
+/* sums[r * stride + VL * i] += sum over pairs k in [begin, end), in order, of factors[r * row_stride + k * pair_stride] and
+ * panel[k * width + VL * i]; or = that sum. */
+INLINE void pair_block(int rows, int vectors, int64_t begin, int64_t end, const int32_t *factors, int64_t row_stride,
+                       int64_t pair_stride, const float *panel, int64_t width, float *sums, int64_t stride, int adds) {
+    vf acc[GROUP][4];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++) acc[r][i] = adds ? vf_load(sums + r * stride + i * VL) : vf_set1(0.0f);
+    for (int64_t k = begin; k < end; k++) {
+        __m512i pair[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++) pair[i] = _mm512_loadu_si512(panel + k * width + i * VL);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            int32_t factor = factors[r * row_stride + k * pair_stride];
+#pragma GCC unroll 4
+            for (int i = 0; i < vectors; i++) acc[r][i] = dot_pairs(acc[r][i], pair[i], factor);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++) vf_store(sums + r * stride + i * VL, acc[r][i]);
+}
+
+INLINE void pair_rows(int rows, int64_t vectors, int64_t begin, int64_t end, const int32_t *factors, int64_t row_stride,
+                      int64_t pair_stride, const float *panel, int64_t width, float *sums, int64_t stride, int adds) {
+    int64_t i = 0;
+    if (begin >= end) return;
+    for (; i + 4 <= vectors; i += 4)
+        pair_block(rows, 4, begin, end, factors, row_stride, pair_stride, panel + i * VL, width, sums + i * VL, stride, adds);
+    for (; i < vectors; i++)
+        pair_block(rows, 1, begin, end, factors, row_stride, pair_stride, panel + i * VL, width, sums + i * VL, stride, adds);
+}
+
+/* scores of `vectors` vectors of keys. */
+static void pair_scores(int rows, int64_t vectors, int64_t head_dim, const int32_t *q, const float *keys, float *scores) {
+    switch (rows) {
+#define SCORES_OF(n) case n: pair_rows(n, vectors, 0, head_dim / 2, q, 1, n, keys, TILE, scores, TILE, 0); break;
+        SCORES_OF(1) SCORES_OF(2) SCORES_OF(3) SCORES_OF(4) SCORES_OF(5) SCORES_OF(6)
+    }
+}
+
+/* o[r] += the weights of pairs of keys in [begin, end) times their values. */
+static void pair_values(int rows, int64_t begin, int64_t end, const int32_t *weights, const float *values, int64_t padded_dim,
+                        float *o) {
+    switch (rows) {
+#define VALUES_OF(n) \
+    case n: pair_rows(n, padded_dim / VL, begin, end, weights, TILE / 2, 1, values, padded_dim, o, padded_dim, 1); break;
+        VALUES_OF(1) VALUES_OF(2) VALUES_OF(3) VALUES_OF(4) VALUES_OF(5) VALUES_OF(6)
+    }
+}
+
+/* keys[d / 2][j] = dimensions d and d + 1 of position tile + j, for j in [begin, end) filled up to groups of 8 with zeros. */
+static void pack_key_pairs(float *packed, Rows *rows, int64_t begin, int64_t end, const Rows *next, int64_t ahead, int64_t head_dim) {
+    static const char zeros[MAX_HEAD_DIM * 2];
+    const char **k_rows = rows->k;
+    int64_t first = begin / 8 * 8, last = (end + 7) / 8 * 8;
+    for (int64_t j = first; j < begin; j++) k_rows[j] = zeros;
+    for (int64_t j = end; j < last; j++) k_rows[j] = zeros;
+    for (int64_t j = first; j < last; j += 8) {
+        for (int64_t i = j; i < smaller(j + 8, ahead); i++)
+            for (int64_t byte = 0; byte < head_dim * 2; byte += 64) {
+                __builtin_prefetch(next->k[i] + byte);
+                __builtin_prefetch(next->v[i] + byte);
+            }
+        int64_t pair = 0;
+        v8 block[8];
+        for (; pair + 8 <= head_dim / 2; pair += 8) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) block[i] = v8_load((const float *)k_rows[j + i] + pair);
+            transpose8(block);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) v8_store(packed + (pair + i) * TILE + j, block[i]);
+        }
+        if (pair == head_dim / 2) continue;
+        for (int i = 0; i < 8; i++) block[i] = read8(k_rows[j + i], pair, 4, FLOAT32); /* the last 4 */
+        transpose8(block);
+        for (int i = 0; i < 4; i++) v8_store(packed + (pair + i) * TILE + j, block[i]);
+    }
+}
+
+/* values[j / 2][:head_dim] = the pair of positions tile + j and tile + j + 1, zeros for those outside [begin, end). */
+static void pack_value_pairs(float *packed, const Rows *rows, int64_t begin, int64_t end, int64_t head_dim) {
+    static const char zeros[MAX_HEAD_DIM * 2];
+    int64_t padded_dim = padded(head_dim);
+    for (int64_t j = begin / 2 * 2; j < end; j += 2) {
+        const char *even = j >= begin ? rows->v[j] : zeros, *odd = j + 1 < end ? rows->v[j + 1] : zeros;
+        for (int64_t d = 0; d < head_dim; d += 8) {
+            __m128i low = _mm_loadu_si128((const __m128i *)(even + d * 2)), high = _mm_loadu_si128((const __m128i *)(odd + d * 2));
+            __m128i *to = (__m128i *)(packed + j / 2 * padded_dim + d);
+            _mm_storeu_si128(to, _mm_unpacklo_epi16(low, high));
+            _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(low, high));
+        }
+    }
+}
+
+/* One row's products with keys [begin, end) of the tile -> weights; updates m, l and scales o. */
+static void softmax_pairs(float *scores, float scale, int64_t begin, int64_t end, int32_t *weights, float *m, float *l, float *o,
+                          int64_t padded_dim) {
+    vf top = vf_set1(*m), score[VECTORS], sum = vf_set1(0.0f);
+#pragma GCC unroll 4
+    for (int i = 0; i < VECTORS; i++) {
+        __mmask16 seen = (__mmask16)((~0ull << begin & ~0ull >> (TILE - end)) >> i * VL);
+        score[i] = (vf)_mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen, (__m512)vf_load(scores + i * VL), _mm512_set1_ps(scale));
+        top = vf_max(score[i], top);
+    }
+    float highest = vf_highest(top);
+    vf shift = vf_set1(highest);
+#pragma GCC unroll 4
+    for (int i = 0; i < VECTORS; i++) {
+        __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)vf_exp(score[i] - shift));
+        _mm256_storeu_si256((__m256i *)weights + i, rounded);
+        sum += (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+    }
+    if (highest != *m) {
+        float fade = exp_one(*m - highest);
+        *l *= fade;
+        for (int64_t d = 0; d < padded_dim; d += VL) vf_store(o + d, vf_load(o + d) * fade);
+        *m = highest;
+    }
+    *l += sum_lanes((const float *)&sum);
+}
+
+/* What `attend` does to one tile, whose keys [first, last) lie `here`. */
+static void attend_pairs(const Call *call, const Item *item, int64_t tile, int64_t first, int64_t last, Rows *here,
+                         const Rows *next, int64_t ahead, Scratch *own, State state) {
+    int64_t rows = (int64_t)item->num_tokens * item->num_heads, head_dim = call->head_dim, padded_dim = padded(head_dim);
+    pack_key_pairs(own->keys, here, first, last, next, ahead, head_dim);
+    pack_value_pairs(own->values, here, first, last, head_dim);
+    for (int64_t g = 0; g < rows; g += GROUP) {
+        int n = (int)smaller(GROUP, rows - g);
+        float *scores = own->scores + g * TILE, *o = state.o + g * padded_dim;
+        int32_t *weights = own->weights + g * (TILE / 2);
+        int64_t from[GROUP], to[GROUP], common_from = 0, common_to = TILE / 2, any = 0; /* pairs */
+        for (int r = 0; r < n; r++) {
+            int64_t row_from = larger(row_begin(call, item, g + r) - tile, first), row_to = smaller(row_end(item, g + r) - tile, last);
+            from[r] = row_from / 2;
+            to[r] = row_from < row_to ? (row_to + 1) / 2 : from[r];
+            any |= from[r] < to[r];
+            common_from = larger(common_from, from[r]);
+            common_to = smaller(common_to, to[r]);
+        }
+        if (!any) continue;
+        pair_scores(n, (last + VL - 1) / VL, head_dim, (const int32_t *)own->q + g * (head_dim / 2), own->keys, scores);
+        for (int r = 0; r < n; r++)
+            if (from[r] < to[r])
+                softmax_pairs(scores + r * TILE, call->scale, larger(row_begin(call, item, g + r) - tile, first),
+                              smaller(row_end(item, g + r) - tile, last), weights + r * (TILE / 2), &state.m[g + r],
+                              &state.l[g + r], o + r * padded_dim, padded_dim);
+        int shared = common_from < common_to;
+        for (int r = 0; r < n; r++)
+            pair_values(1, from[r], shared ? common_from : to[r], weights + r * (TILE / 2), own->values, padded_dim, o + r * padded_dim);
+        if (!shared) continue;
+        pair_values(n, common_from, common_to, weights, own->values, padded_dim, o);
+        for (int r = 0; r < n; r++)
+            pair_values(1, common_to, to[r], weights + r * (TILE / 2), own->values, padded_dim, o + r * padded_dim);
+    }
+}
+
+#endif
+
 /* The (m, l, o) of each row over its keys within [begin, end), which lies within one split. */
 static void attend(const Call *call, const Item *item, int64_t begin, int64_t end, Scratch *own, State state) {
     int64_t rows = (int64_t)item->num_tokens * item->num_heads, head_dim = call->head_dim, padded_dim = padded(head_dim);
@@ -286,6 +465,12 @@ static void attend(const Call *call, const Item *item, int64_t begin, int64_t en
         int64_t first = larger(begin - tile, 0), last = smaller(end - tile, TILE), ahead = larger(smaller(end - tile - TILE, TILE), 0);
         Rows *here = &own->rows[tile / TILE % 2], *next = &own->rows[(tile / TILE + 1) % 2];
         locate(call, item, tile + TILE, 0, ahead, next);
+#if HAS_PAIRS
+        if (call->dtype == BFLOAT16) {
+            attend_pairs(call, item, tile, first, last, here, next, ahead, own, state);
+            continue;
+        }
+#endif
         if (call->dtype == BFLOAT16) {
             pack_keys(own->keys, here, first, last, next, ahead, head_dim, BFLOAT16);
             pack_values(own->values, here, first, last, head_dim, BFLOAT16);
@@ -353,6 +538,12 @@ static void load_queries(const Call *call, const Item *item, float *q) {
     int64_t rows = (int64_t)item->num_tokens * item->num_heads;
     for (int64_t r = 0; r < rows; r++) {
         int64_t g = r / GROUP * GROUP, n = smaller(GROUP, rows - g), element = row_element(call, item, r);
+        if (HAS_PAIRS && call->dtype == BFLOAT16) {
+            const char *row = at(call->q, element, BFLOAT16);
+            for (int64_t k = 0; k < call->head_dim / 2; k++)
+                memcpy(q + g * (call->head_dim / 2) + k * n + (r - g), row + k * 4, 4);
+            continue;
+        }
         for (int64_t d = 0; d < call->head_dim; d += 8) {
             v8 value = read8(call->q, element + d, 8, call->dtype) * call->scale;
             for (int i = 0; i < 8; i++) q[g * call->head_dim + (d + i) * n + (r - g)] = value[i];
@@ -440,7 +631,8 @@ static void share_chunk(const void *argument, int64_t chunk) {
     float queries[ROWS * head_dim] __attribute__((aligned(64))), keys[TILE * head_dim] __attribute__((aligned(64)));
     float values[TILE * padded_dim] __attribute__((aligned(64))), scores[ROWS * TILE] __attribute__((aligned(64)));
     float outputs[2][ROWS * padded_dim] __attribute__((aligned(64))), maxima[2][ROWS], sums[2][ROWS];
-    Scratch own = {queries, keys, values, scores, {outputs[0], maxima[0], sums[0]}, {outputs[1], maxima[1], sums[1]}, {{{0}, {0}}}};
+    int32_t weights[ROWS * TILE / 2] __attribute__((aligned(64)));
+    Scratch own = {queries, keys, values, scores, weights, {outputs[0], maxima[0], sums[0]}, {outputs[1], maxima[1], sums[1]}, {{{0}, {0}}}};
     /* Lanes beyond the last key and dimension are computed and dropped; zeros keep them free of denormals. */
     memset(keys, 0, sizeof keys);
     if (padded_dim != head_dim) memset(values, 0, sizeof values);

@@ -189,11 +189,13 @@ INLINE float vf_highest(vf x) {
 
 /* The fixed tree over LANES partial sums. */
 INLINE float sum_lanes(const float lanes[LANES]) {
-    float part[LANES];
-    memcpy(part, lanes, sizeof part);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) part[i] += part[i + half];
-    return part[0];
+    typedef float v4 __attribute__((vector_size(16)));
+    typedef int32_t vi4 __attribute__((vector_size(16)));
+    v8 eight = v8_load(lanes) + v8_load(lanes + 8);
+    v4 half[2];
+    memcpy(half, &eight, sizeof eight);
+    v4 four = half[0] + half[1], two = four + __builtin_shuffle(four, (vi4){2, 3, 0, 1});
+    return two[0] + two[1];
 }
 
 /* e^x for x up to 87 (clamped), exactly 1 at 0, exactly 0 below -87, NaN for NaN; neither it nor its inverse is denormal.
