@@ -379,7 +379,15 @@ static void pack_value_pairs(float *packed, const Rows *rows, int64_t begin, int
     int64_t padded_dim = padded(head_dim);
     for (int64_t j = begin / 2 * 2; j < end; j += 2) {
         const char *even = j >= begin ? rows->v[j] : zeros, *odd = j + 1 < end ? rows->v[j + 1] : zeros;
-        for (int64_t d = 0; d < head_dim; d += 8) {
+        int64_t d = 0;
+        for (; d + 32 <= head_dim; d += 32) {
+            __m512i first = _mm512_loadu_si512(even + d * 2), second = _mm512_loadu_si512(odd + d * 2);
+            __m512i low = _mm512_unpacklo_epi16(first, second), high = _mm512_unpackhi_epi16(first, second);
+            float *to = packed + j / 2 * padded_dim + d;
+            _mm512_storeu_si512(to, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high));
+            _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high));
+        }
+        for (; d < head_dim; d += 8) {
             __m128i low = _mm_loadu_si128((const __m128i *)(even + d * 2)), high = _mm_loadu_si128((const __m128i *)(odd + d * 2));
             __m128i *to = (__m128i *)(packed + j / 2 * padded_dim + d);
             _mm_storeu_si128(to, _mm_unpacklo_epi16(low, high));
