@@ -29,6 +29,7 @@ from decode_worker.group import (
 from decode_worker.residency import Residency
 from decode_worker.swap_space import SwapSpace
 from shared.block_pool import BlockPool
+from shared.cores import Cores
 from shared.engine import Engine
 from shared.engine_thread import Load
 from shared.rpc import RpcError, exhausted, internal, stale
@@ -41,7 +42,10 @@ RETRY_AFTER_S = 0.5
 
 
 class DecodeScheduler:
-    """chunk_tokens, max_running: prompt tokens, and sequences, in a step at most. swap: None = recompute."""
+    """chunk_tokens, max_running: prompt tokens, and sequences, in a step at most. swap: None = recompute.
+
+    cores: shared with other workers, whose prompts have them for up to max_pause_s after a step; default: with nobody.
+    """
 
     def __init__(
         self,
@@ -52,8 +56,12 @@ class DecodeScheduler:
         max_running: int,
         max_waiting: int,
         swap: SwapSpace | None,
+        cores: Cores | None = None,
+        max_pause_s: float = 0.0,
     ) -> None:
         self._engine = engine
+        self._cores, self._max_pause_s = cores or Cores(), max_pause_s
+        self.pause_s = 0.0
         self._pool = pool
         self._chunk_tokens = chunk_tokens
         self._max_running = max_running
@@ -137,15 +145,19 @@ class DecodeScheduler:
         self._admit()
         num_preempted = len(self._residency.preempted)
         chosen, parts = self._plan()
+        self.pause_s = 0.0
         if not parts:
             return len(self._residency.preempted) > num_preempted
+        begun_s = time.monotonic()
         try:
-            outcomes = run_step(self._engine, parts)
+            with self._cores.computing():
+                outcomes = run_step(self._engine, parts)
         except Exception as error:  # these sequences' blocks may hold anything, and nobody else's do
             self._fail(list(dict.fromkeys(member.group for member in chosen)), internal(error))
             return True
         self._steps += 1
         self._advance(chosen, outcomes)
+        self.pause_s = self._cores.pause_s(time.monotonic() - begun_s, len(parts), self._max_pause_s)
         return True
 
     def load(self) -> Load:

@@ -41,6 +41,8 @@ class DecodeRole(decode_pb2_grpc.DecodeServiceServicer):
             max_running=config.max_running,
             max_waiting=config.max_waiting,
             swap=SwapSpace(engine.kv, config.swap_memory_mib << 20) if config.preemption == "swap" else None,
+            cores=site.cores,
+            max_pause_s=config.max_pause_s,
         )
         self._site = site
         self._ending: set[asyncio.Task[None]] = set()

@@ -1,13 +1,10 @@
 """`python -m prefill_worker`: a prefill worker as a process."""
 
-import os
-
 from shared.arguments import parse_arguments, set_threads
 
 if __name__ == "__main__":
     arguments = parse_arguments("prefill_worker")
     set_threads(arguments.config.threads)  # before torch is imported
-    os.nice(arguments.config.prefill.nice)  # before there are threads, which inherit it
     from prefill_worker.service import create_role
     from shared.worker import run_worker
 

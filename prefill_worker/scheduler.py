@@ -15,6 +15,7 @@ from typing import Any
 
 from prefill_worker.prompt import Computed, Done, Event, Failed, Prompt
 from shared.block_pool import BlockPool, OutOfBlocks
+from shared.cores import Cores
 from shared.engine import Engine
 from shared.engine_thread import Load
 from shared.rpc import RpcError, exhausted, internal
@@ -25,7 +26,12 @@ RETRY_AFTER_S = 0.5
 
 
 class PrefillScheduler:
-    """chunk_tokens, batch_tokens: of one prompt and of all in a step, at most. max_running: prompts holding blocks."""
+    """chunk_tokens, batch_tokens: of one prompt and of all in a step, at most. max_running: prompts holding blocks.
+
+    cores: shared with other workers; default: with nobody.
+    """
+
+    pause_s = 0.0  # between steps
 
     def __init__(
         self,
@@ -36,8 +42,10 @@ class PrefillScheduler:
         batch_tokens: int,
         max_running: int,
         max_waiting: int,
+        cores: Cores | None = None,
     ) -> None:
         self._engine = engine
+        self._cores = cores or Cores()
         self._pool = pool
         self._chunk_tokens = chunk_tokens
         self._batch_tokens = batch_tokens
@@ -76,6 +84,7 @@ class PrefillScheduler:
         """Computes a chunk of some prompts."""
         self._admit()
         computing = [prompt for prompt in self._holding if prompt.sequence.remaining]
+        self._cores.prompts = len(computing) + len(self._waiting) if computing else 0
         if not computing:
             return False
         demands = [Demand(p.sequence.request.priority, p.arrival, p.sequence.remaining) for p in computing]
@@ -89,7 +98,8 @@ class PrefillScheduler:
             if share
         ]
         try:
-            outcomes = run_step(self._engine, parts)
+            with self._cores.computing():
+                outcomes = run_step(self._engine, parts)
         except Exception as error:  # these prompts' blocks may hold anything, and nobody else's do
             self._fail(chosen, internal(error))
             return True

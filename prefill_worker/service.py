@@ -47,6 +47,7 @@ class PrefillRole(prefill_pb2_grpc.PrefillServiceServicer):
             batch_tokens=config.batch_tokens,
             max_running=config.max_running,
             max_waiting=config.max_waiting,
+            cores=site.cores,
         )
         self._site = site
         self._exporter = Exporter(

@@ -90,12 +90,6 @@ class PrefillConfig(Section):
     prefix_cache: bool = Field(
         default=True, description="keep the blocks of finished prompts for prompts that begin alike"
     )
-    nice: int = Field(
-        default=5,
-        ge=0,
-        le=19,
-        description="how far it stands back when decode workers want the same cores, as of nice(1)",
-    )
 
 
 class DecodeConfig(Section):
@@ -112,6 +106,11 @@ class DecodeConfig(Section):
     chunk_tokens: Positive = Field(default=256, description="prompt tokens computed in one step when prefilling here")
     prefix_cache: bool = Field(
         default=True, description="keep the blocks of finished requests for prompts that begin alike"
+    )
+    max_pause_s: float = Field(
+        default=0.04,
+        ge=0,
+        description="how long a step waits at most for prompts that prefill workers compute on the same cores, seconds",
     )
     preemption: Literal["swap", "recompute"] = Field(
         default="swap", description="what becomes of a sequence's blocks when others need them"

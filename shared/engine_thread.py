@@ -42,6 +42,11 @@ class Scheduler(Protocol):
         """Does one step of work; False when there is nothing to do until the next command."""
         ...
 
+    @property
+    def pause_s(self) -> float:
+        """How long the next step of a busy scheduler is to wait, from the end of the last on; commands do not."""
+        ...
+
     def load(self) -> Load: ...
 
     def take_events(self) -> list[tuple[Callable[[Any], None], Any]]:
@@ -95,18 +100,21 @@ class EngineThread:
     def _run(self) -> None:
         try:
             self._scheduler.prepare()
-            busy = False
+            busy, next_s = False, 0.0
             while True:
                 with self._wake:
-                    if not self._inbox and not busy and not self._stopped:
-                        self._wake.wait(IDLE_TURN_S)
+                    wait_s = next_s - time.monotonic() if busy else IDLE_TURN_S
+                    if not self._inbox and wait_s > 0 and not self._stopped:
+                        self._wake.wait(wait_s)
                     if self._stopped:
                         return
                     commands, self._inbox = self._inbox, []
                 self._turned_s = time.monotonic()
                 for command in commands:
                     command()
-                busy = self._scheduler.step()
+                if not busy or time.monotonic() >= next_s:
+                    busy = self._scheduler.step()
+                    next_s = time.monotonic() + self._scheduler.pause_s
                 self._hand_over()
         except BaseException as error:
             log.critical("the engine thread failed", exc_info=error)

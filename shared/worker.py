@@ -24,6 +24,7 @@ from tandem.v1 import worker_pb2, worker_pb2_grpc
 from shared.arguments import Arguments, die_with_parent
 from shared.auth import Access, RequireKey
 from shared.config import ApiKey, ConfigError, DecodeConfig, PrefillConfig, TandemConfig
+from shared.cores import Cores
 from shared.engine import Engine, EnginePlan
 from shared.engine_thread import EngineThread, Scheduler
 from shared.load_board import LoadBoard
@@ -76,6 +77,7 @@ class Site:
         self.worker_id = worker_id
         self.address = address  # host:port at which others reach this worker
         self.board = LoadBoard()
+        self.cores = Cores.join()
         self.limits = Limits(
             model=config.model_name,
             vocab_size=engine.plan.architecture.vocab_size,
@@ -138,6 +140,7 @@ class WorkerServer:
         await self._server.stop(0.1)
         await self._role.close()
         await self._thread.stop()
+        self._site.cores.leave()
         self._site.engine.close()
         self._site.memory.close()
 

@@ -39,9 +39,26 @@ static struct {
 static pthread_mutex_t busy = PTHREAD_MUTEX_INITIALIZER;
 static int64_t started;
 
-static void work(uint64_t number) {
+/* Whether each process computes that shares these cores, on a page that all of them map; see shared/cores.py. */
+static struct {
+    const _Atomic int32_t *_Atomic computing;
+    int64_t slots, cores;
+} shares;
+
+/* The threads that this process has its part of the cores for. */
+static int64_t allowed(void) {
+    const _Atomic int32_t *computing = shares.computing;
+    int64_t count = 0;
+    if (!computing) return INT64_MAX;
+    for (int64_t i = 0; i < shares.slots; i++) count += atomic_load_explicit(&computing[i], memory_order_relaxed) != 0;
+    if (count < 2) return INT64_MAX;
+    return shares.cores > count ? shares.cores / count : 1;
+}
+
+/* index: of the thread, 0 is the one that called. */
+static void work(uint64_t number, int64_t index) {
     uint64_t turn = team.turn;
-    while (turn >> 32 == number && (uint32_t)turn)
+    while (turn >> 32 == number && (uint32_t)turn && (index == 0 || index < allowed()))
         if (atomic_compare_exchange_strong(&team.turn, &turn, turn - 1)) {
             team.run(team.job, team.chunks - (int64_t)(uint32_t)turn);
             team.done++;
@@ -55,8 +72,8 @@ static void *help(void *argument) {
     for (int spins = 0;;) {
         uint32_t bell = team.bell;
         uint64_t number = team.turn >> 32;
-        if (number != last && index < team.helpers) {
-            work(last = number);
+        if (number != last && index <= team.helpers) {
+            work(last = number, index);
             spins = 0;
         } else if (++spins < HELPER_SPINS) {
             relax();
@@ -81,7 +98,7 @@ static void start(int64_t helpers) {
     if (!registered) registered = !pthread_atfork(NULL, NULL, forget);
     for (; started < helpers; started++) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, help, (void *)(intptr_t)started)) return;
+        if (pthread_create(&thread, NULL, help, (void *)(intptr_t)(started + 1))) return;
         pthread_detach(thread);
     }
 }
@@ -89,6 +106,10 @@ static void start(int64_t helpers) {
 void team_run(int64_t threads, int64_t chunks, Chunk run, const void *job) {
     int64_t helpers = (threads < chunks ? threads : chunks) - 1;
     if (helpers > MAX_HELPERS) helpers = MAX_HELPERS;
+    if (helpers > 0) {
+        int64_t others = allowed() - 1;
+        if (helpers > others) helpers = others;
+    }
     if (helpers < 1 || pthread_mutex_trylock(&busy)) {
         for (int64_t i = 0; i < chunks; i++) run(job, i);
         return;
@@ -103,7 +124,7 @@ void team_run(int64_t threads, int64_t chunks, Chunk run, const void *job) {
     team.turn = number << 32 | (uint64_t)chunks;
     team.bell++;
     if (team.asleep) syscall(SYS_futex, &team.bell, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
-    work(number);
+    work(number, 0);
     for (int spins = 0; team.done < chunks; spins++) {
         if (spins < LEADER_SPINS) relax();
         else sched_yield();
@@ -124,6 +145,16 @@ void *scratch(int slot, size_t bytes) {
     }
     return slots[slot].memory;
 }
+
+/* int32 for each process that shares the cores, their number; the number of cores. */
+int64_t tandem_share_cores(const Arg *a) {
+    shares.slots = a[1].i, shares.cores = a[2].i;
+    shares.computing = a[0].p;
+    return 0;
+}
+
+/* How many threads an op may use now. */
+int64_t tandem_allowed_threads(const Arg *a) { return (void)a, allowed(); }
 
 typedef struct {
     int64_t (*op)(const Arg *);

@@ -5,7 +5,8 @@
  *
  * An op that is worth several threads cuts its work into chunks and gives them to `team_run`. The calling thread always
  * works; helpers join while they are awake and take the next chunk from a counter. So a helper whose core another process
- * has taken holds up nobody unless it has begun a chunk, and which thread computes a chunk changes no bit of it.
+ * has taken holds up nobody unless it has begun a chunk, and which thread computes a chunk changes no bit of it. While other
+ * processes compute that share the cores (shared/cores.py), helpers beyond this one's part of them stop after their chunk.
  */
 #ifndef TANDEM_TEAM_H
 #define TANDEM_TEAM_H

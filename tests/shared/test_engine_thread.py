@@ -14,6 +14,8 @@ from shared.engine_thread import EngineThread, Load
 class Counter:
     """A scheduler with a number of steps to do."""
 
+    pause_s = 0.0
+
     def __init__(self, receive: Callable[[Any], None] = lambda event: None) -> None:
         self.left = 0
         self.done = 0
@@ -110,3 +112,19 @@ async def test_an_exception_ends_the_thread_and_is_told() -> None:
     await thread.stop()
     with pytest.raises(RuntimeError, match="state unknown"):
         raise failures[0]
+
+
+async def test_a_pause_holds_up_steps_and_no_command() -> None:
+    scheduler = Counter()
+    scheduler.pause_s = 60.0
+    thread = EngineThread(scheduler, on_load=lambda load: None, on_failure=lambda error: None)
+    thread.start()
+    thread.post(lambda: scheduler.add(2))
+    heard = [asyncio.Event() for _ in range(3)]
+    loop = asyncio.get_running_loop()
+    for event in heard:
+        thread.post(lambda event=event: loop.call_soon_threadsafe(event.set))
+        await event.wait()
+    assert scheduler.done == 1
+    await thread.stop()
+    assert scheduler.left == 1
