@@ -68,10 +68,11 @@ INLINE void pair_of(const char *w, int i, Bits pair[2], int dtype) {
     }
 }
 
-/* `rows` rows times `pairs` pairs of a block: x[r * row_stride + k * pair_stride] is a pair of row r. */
+/* `rows` rows times `pairs` pairs of a block: x[r * row_stride + k * pair_stride] is a pair of row r. `ahead` bytes on, the
+ * weight is fetched. */
 INLINE void tile(
-    int rows, int64_t pairs, const int32_t *x, int64_t row_stride, int64_t pair_stride, const char *w, float *total,
-    const Fold *fold, int64_t row, int dtype, int integers
+    int rows, int64_t pairs, const int32_t *x, int64_t row_stride, int64_t pair_stride, const char *w, int64_t ahead,
+    float *total, const Fold *fold, int64_t row, int dtype, int integers
 ) {
     const int step = dtype == INT4 ? PAIRS : 1;
     vf sum[TILE_ROWS][2];
@@ -79,9 +80,8 @@ INLINE void tile(
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = vf_set1(0.0f);
     for (int64_t k = 0; k < pairs; k += step) {
         const char *here = w + k * pair_bytes(dtype);
-        /* The next panel follows in memory, so what is fetched ahead is always wanted. */
-        __builtin_prefetch(here + AHEAD_BYTES);
-        if (dtype != INT8) __builtin_prefetch(here + AHEAD_BYTES + 64);
+        __builtin_prefetch(here + ahead);
+        if (dtype != INT8) __builtin_prefetch(here + ahead + 64);
 #pragma GCC unroll 4
         for (int n = 0; n < step; n++) {
             if (dtype == INT4 && k + n >= pairs) break;
@@ -110,7 +110,7 @@ INLINE void few_rows(int rows, const Linear *job, int64_t panel, float *total, i
         Fold fold = fold_of(job, panel, 0, &block);
         const int32_t *x = (const int32_t *)job->x + block.start / 2;
         const char *from = w + block.start / 2 * pair_bytes(dtype);
-        tile(rows, block.depth / 2, x, job->in / 2, 1, from, total, &fold, 0, dtype, dtype != BFLOAT16);
+        tile(rows, block.depth / 2, x, job->in / 2, 1, from, AHEAD_BYTES, total, &fold, 0, dtype, dtype != BFLOAT16);
     }
 }
 
@@ -159,26 +159,25 @@ static const char *widened(const char *w, int64_t pairs, char *wide, int dtype) 
     return wide;
 }
 
+/* The last tile fetches the next block, which follows in memory as the next panel does, and finds its own in the cache. */
 INLINE void strip_block(
     const Linear *job, const Strip *strip, const Block *block, const char *w, const Fold *fold, float *total, int integers
 ) {
     for (int64_t i = 0; i < strip->count; i++) {
+        int64_t ahead = i == 0 ? AHEAD_BYTES : i == strip->count - 1 ? block->depth / 2 * pair_bytes(BFLOAT16) : 0;
         int64_t row = tile_start(strip, i), rows = tile_start(strip, i + 1) - row;
         const int32_t *x = (const int32_t *)job->x + (strip->first + row) * (job->in / 2) + rows * (block->start / 2);
         float *to = total + row * WIDTH;
         switch (rows) {
-#define TILE_OF(n) case n: tile(n, block->depth / 2, x, 1, n, w, to, fold, row, BFLOAT16, integers); break;
+#define TILE_OF(n) case n: tile(n, block->depth / 2, x, 1, n, w, ahead, to, fold, row, BFLOAT16, integers); break;
             TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6)
             TILE_OF(7) TILE_OF(8) TILE_OF(9) TILE_OF(10) TILE_OF(11) TILE_OF(12)
         }
     }
 }
 
-/* A strip of rows times one panel; all strips of a panel come after each other. */
-static void strip_chunk(const void *argument, int64_t chunk) {
-    const Linear *job = argument;
-    int64_t strips = (job->rows + STRIP - 1) / STRIP, panel = chunk / strips;
-    Strip strip = strip_at(job, chunk % strips);
+static void strip_panel(const Linear *job, int64_t index, int64_t panel) {
+    Strip strip = strip_at(job, index);
     float total[STRIP * WIDTH] __attribute__((aligned(64)));
     char wide[BLOCK / 2 * 128] __attribute__((aligned(64)));
     const char *w = panel_of(job, panel);
@@ -190,6 +189,15 @@ static void strip_chunk(const void *argument, int64_t chunk) {
         else strip_block(job, &strip, &block, pairs, &fold, total, 1);
     }
     finish(job, panel, strip.first, strip.rows, total);
+}
+
+/* One strip: some panels. More: one panel, of which all strips come after each other. */
+static void strip_chunk(const void *argument, int64_t chunk) {
+    const Linear *job = argument;
+    int64_t strips = (job->rows + STRIP - 1) / STRIP;
+    if (strips > 1) strip_panel(job, chunk % strips, chunk / strips);
+    else
+        for (int64_t panel = first_panel(job, chunk); panel < first_panel(job, chunk + 1); panel++) strip_panel(job, 0, panel);
 }
 
 /* What of x is computed before the products: its copy, pairs of rows or of tiles, and the sums of its blocks, each or NULL. */
@@ -253,13 +261,13 @@ int64_t tandem_linear_pairs(const Arg *a) {
         job.sums = prepare.sums = scratch(SCRATCH_SUMS, (size_t)(job.rows * job.blocks) * sizeof(float));
         if (!prepare.sums) return -1;
     }
+    job.chunks = strips > 1 ? job.panels * strips : few_rows_chunks(&job, threads);
     if (job.rows <= FEW) {
         prepare_few_rows(&prepare);
-        job.chunks = few_rows_chunks(&job, threads);
         team_run(threads, job.chunks, few_rows_chunk, &job);
     } else {
         team_run(threads, strips * TILES, prepare_tile, &prepare);
-        team_run(threads, job.panels * strips, strip_chunk, &job);
+        team_run(threads, job.chunks, strip_chunk, &job);
     }
     return 0;
 }
