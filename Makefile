@@ -9,10 +9,10 @@ ARGS ?=
 # the caller's own environment must not leak into ours
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup setup-dev serve test test-slow check bench bench-peers protos gpu-check clean distclean
+.PHONY: help setup setup-dev serve test test-slow check bench bench-ops bench-quality bench-peers protos gpu-check clean distclean
 
 help: ## show this table
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv and install what serving needs; does nothing when nothing changed
 	@tools/setup
@@ -41,6 +41,12 @@ check: setup-dev ## lint, format, types, contracts, stubs up to date, import rul
 
 bench: setup ## measure the four standard workloads on the default model
 	@exec $(BIN)/python -m benchmarks $(ARGS)
+
+bench-ops: setup ## each CPU op against what the machine could do
+	@exec $(BIN)/python -m benchmarks.ops $(ARGS)
+
+bench-quality: setup ## what int8 and int4 cost in perplexity
+	@exec $(BIN)/python -m benchmarks.quality $(ARGS)
 
 bench-peers: setup ## the same beside other servers, by turns: ARGS='--peer "name=command --port {port}"'
 	@exec $(BIN)/python -m benchmarks.peers $(ARGS)

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "prefill_worker": {"shared", "tandem"},
     "decode_worker": {"shared", "tandem"},
     "cli": {"shared", "tandem", "benchmarks"},
-    "benchmarks": {"shared", "tandem", "cli"},
+    "benchmarks": {"shared", "kernels", "tandem", "cli"},
     "examples": {"tandem"},
 }
 OURS = {*MAY_IMPORT, "tandem", "tests"}

@@ -1,0 +1,152 @@
+"""`make bench-ops`: each CPU op at the default model's shapes, against what the machine could do.
+
+    python -m benchmarks.ops [--threads N]
+
+The floor of an op is the longer of two times: its bytes at the memory's read rate, and its multiply-adds at the rate of
+a large bfloat16 matmul. Both rates are measured first, as the best of several runs of torch: the maximum of 256 MiB,
+and 2,048 x 2,048 by as many. The fraction is floor / time. The linears run as all layers of a model, over different
+weights each time as in a step, so that no cache holds them; what a cache can hold may beat its floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table, box
+
+from kernels.activation import gated_silu
+from kernels.attention import paged_attention
+from kernels.cpu.library import record
+from kernels.linear import LinearWeight, Quantization, linear
+from kernels.rms_norm import add_rms_norm
+
+# the default model
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 576, 1536, 30, 49152
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_TOKENS = 9, 3, 64, 16
+SHAPES = (
+    ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
+    (HIDDEN, HEADS * HEAD_DIM),
+    (2 * INTERMEDIATE, HIDDEN),
+    (HIDDEN, INTERMEDIATE),
+)
+QUANTIZATIONS = {
+    "bfloat16": (None, None),
+    "int8": (Quantization(8), Quantization(8)),
+    "int4": (Quantization(4, 32, symmetric=False), Quantization(8)),
+}
+RUNS = 15
+
+
+class Op(NamedTuple):
+    """What is timed, and what it must at least read, in bytes, and compute, in floating-point operations."""
+
+    name: str
+    run: Callable[[], object]
+    num_bytes: float
+    flops: float
+
+
+def linears() -> Iterator[Op]:
+    """Every linear of a step, the output layer's included."""
+    x = {width: torch.randn(512, width).bfloat16() for width in (HIDDEN, INTERMEDIATE)}
+    widths = {outputs for outputs, _ in SHAPES} | {VOCABULARY}
+    y = {width: torch.empty(512 if width < VOCABULARY else 32, width, dtype=torch.bfloat16) for width in widths}
+    for name, (quantization, of_head) in QUANTIZATIONS.items():
+        weights = [LinearWeight(torch.randn(s).bfloat16(), None, quantization) for _ in range(LAYERS) for s in SHAPES]
+        head = LinearWeight(torch.randn(VOCABULARY, HIDDEN).bfloat16(), None, of_head)
+        for rows in (1, 8, 32, 512):
+            used = [*weights, head] if rows <= 32 else weights
+            with record() as replay:
+                for weight in used:
+                    linear(x[weight.in_features][:rows], weight, out=y[weight.out_features][:rows])
+            flops = sum(2 * rows * weight.in_features * weight.out_features for weight in used)
+            what = "linears of a step" if rows <= 32 else "linears of a chunk"
+            yield Op(f"{what}, {name}, {rows} rows", replay, sum(weight.num_bytes for weight in used), flops)
+
+
+def attentions() -> Iterator[Op]:
+    """One layer: decode steps of some sequences, and a prompt in one piece."""
+    for sequences, tokens, length in ((1, 1, 512), (8, 1, 512), (32, 1, 128), (1, 512, 512), (1, 1500, 1500)):
+        blocks = -(-length // BLOCK_TOKENS)
+        pool = torch.randn(sequences * blocks, 2, KV_HEADS, BLOCK_TOKENS, HEAD_DIM).bfloat16()
+        arguments = (
+            torch.randn(sequences * tokens, HEADS, HEAD_DIM).bfloat16(),
+            pool[:, 0],
+            pool[:, 1],
+            torch.arange(0, sequences * tokens + 1, tokens, dtype=torch.int32),
+            torch.full((sequences,), length, dtype=torch.int32),
+            torch.randperm(sequences * blocks, dtype=torch.int32).view(sequences, blocks),
+            HEAD_DIM**-0.5,
+        )
+        seen = tokens * (2 * length - tokens + 1) / 2
+        name = f"{sequences} sequences of {length} tokens" if tokens == 1 else f"prefill of {tokens} tokens"
+        flops = 4 * sequences * seen * HEADS * HEAD_DIM
+        yield Op(f"attention, {name}", lambda a=arguments: paged_attention(*a), pool.numel() * 2, flops)
+
+
+def small_ops() -> Iterator[Op]:
+    """One layer's, for a chunk of 512 tokens."""
+    gate_up, x, residual = (torch.randn(512, width).bfloat16() for width in (2 * INTERMEDIATE, HIDDEN, HIDDEN))
+    weight = torch.randn(HIDDEN).bfloat16()
+    yield Op("gated SiLU, 512 rows", lambda: gated_silu(gate_up), gate_up.numel() * 3, 0)
+    yield Op("RMSNorm with residual, 512 rows", lambda: add_rms_norm(x, residual, weight, 1e-5), x.numel() * 8, 0)
+
+
+def times_s(run: Callable[[], object], runs: int = RUNS) -> list[float]:
+    """The times of some runs, ascending; the first, which loads, is left out."""
+    times: list[float] = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes a second that are read, and floating-point operations a second of a bfloat16 matmul."""
+    numbers = torch.ones(1 << 26)
+    read_s = times_s(numbers.max)[0]
+    square = torch.randn(2048, 2048).bfloat16()
+    matmul_s = times_s(lambda: square @ square)[0]
+    return numbers.numel() * 4 / read_s, 2 * 2048**3 / matmul_s
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    torch.set_num_threads(parser.parse_args(argv).threads)
+    torch.manual_seed(0)
+    read, compute = ceilings()
+    title = f"{torch.get_num_threads()} threads; {read / 1e9:.0f} GB/s, {compute / 1e9:.0f} GFLOP/s"
+    table = Table(title=title, title_justify="left", box=box.MARKDOWN)
+    for column in ("op", "time ms", "floor ms", "fraction", "GB/s", "GFLOP/s"):
+        table.add_column(column, justify="left" if column == "op" else "right")
+    for ops in (linears(), attentions(), small_ops()):
+        for op in ops:
+            took_s = statistics.median(times_s(op.run))
+            floor_s = max(op.num_bytes / read, op.flops / compute)
+            figures = (
+                took_s * 1e3,
+                floor_s * 1e3,
+                floor_s / took_s,
+                op.num_bytes / took_s / 1e9,
+                op.flops / took_s / 1e9,
+            )
+            table.add_row(op.name, *(f"{figure:.3g}" for figure in figures))
+    Console(width=120).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
