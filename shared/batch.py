@@ -51,16 +51,8 @@ class RaggedBatch:
         return RaggedBatch(*(getattr(self, field).to(device) for field in self.__dataclass_fields__))
 
 
-def build_batch(
-    entries: Sequence[BatchEntry], block_tokens: int, *, pad_to: int | None = None, table_width: int | None = None
-) -> RaggedBatch:
-    """Lays entries out flat, in their order.
-
-    `pad_to` adds sequences of one token each until there are so many, for a batch of a fixed size: they attend to
-    nothing but themselves in the null block, and want logits too, so that with single-token entries every shape
-    follows from `pad_to` and `table_width` (columns of the block tables, default the longest table). Their logits come
-    last. Raises ValueError for an empty entry, a table too short for its tokens, or more entries than `pad_to`.
-    """
+def build_batch(entries: Sequence[BatchEntry], block_tokens: int) -> RaggedBatch:
+    """Lays entries out flat, in their order. ValueError for an empty entry or a table too short for its tokens."""
     for index, entry in enumerate(entries):
         end = entry.start_position + len(entry.token_ids)
         if not entry.token_ids or entry.start_position < 0:
@@ -69,21 +61,13 @@ def build_batch(
             raise ValueError(
                 f"entry {index}: {len(entry.block_table)} blocks of {block_tokens} cannot hold {end} tokens"
             )
-    num_padding = 0 if pad_to is None else pad_to - len(entries)
-    if num_padding < 0:
-        raise ValueError(f"{len(entries)} entries do not fit into {pad_to} rows")
-    if num_padding:
-        entries = [*entries, *[BatchEntry((0,), 0, (NULL_BLOCK,))] * num_padding]
-
     lengths = np.array([len(entry.token_ids) for entry in entries], dtype=np.int32)
     starts = np.array([entry.start_position for entry in entries], dtype=np.int32)
     cu_seqlens = np.zeros(len(entries) + 1, dtype=np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
 
     width = max((len(entry.block_table) for entry in entries), default=0)
-    if table_width is not None and table_width < width:
-        raise ValueError(f"a block table of {width} blocks does not fit into {table_width} columns")
-    tables = np.full((len(entries), table_width or width), NULL_BLOCK, dtype=np.int32)
+    tables = np.full((len(entries), width), NULL_BLOCK, dtype=np.int32)
     for row, entry in zip(tables, entries, strict=True):
         row[: len(entry.block_table)] = entry.block_table
 

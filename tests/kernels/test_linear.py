@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import linear as module
 from kernels.linear import LinearWeight, has_pairs, linear, linear_reference, probe_row_invariance
+from tests.kernels.rows import assert_rows_keep_their_bits
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 SHAPES = pytest.mark.parametrize(
@@ -45,19 +46,7 @@ def test_a_row_keeps_its_bits_among_others_and_on_any_number_of_threads(
     outputs: int, inputs: int, bias: bool, dtype: torch.dtype
 ) -> None:
     packed = LinearWeight(*make(outputs, inputs, dtype, bias))
-    probe_row_invariance(packed)
-    x = torch.randn(256, inputs).to(dtype)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        whole = linear(x, packed)
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 64, 100, 241, 256):
-                assert torch.equal(linear(x[:rows], packed), whole[:rows]), (threads, rows)
-                assert torch.equal(linear(x[-rows:], packed), whole[-rows:]), (threads, rows)
-    finally:
-        torch.set_num_threads(before)
+    assert_rows_keep_their_bits(packed, (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 64, 100, 241, 256))
 
 
 PAIRS = pytest.mark.skipif(not has_pairs(torch.bfloat16), reason="this CPU has no dot products of bfloat16 pairs")

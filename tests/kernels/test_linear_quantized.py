@@ -14,8 +14,8 @@ from kernels.linear import (
     linear,
     linear_reference,
     packing,
-    probe_row_invariance,
 )
+from tests.kernels.rows import assert_rows_keep_their_bits
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 BITS = pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
@@ -71,19 +71,7 @@ def test_a_row_keeps_its_bits_among_others_and_on_any_number_of_threads(
     outputs: int, inputs: int, group: int | None, bits: int, symmetric: bool, dtype: torch.dtype
 ) -> None:
     packed = LinearWeight(*make(outputs, inputs, dtype), Quantization(bits, group, symmetric))
-    probe_row_invariance(packed)
-    x = torch.randn(256, inputs).to(dtype)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        whole = linear(x, packed)
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            for rows in (*range(1, 18), 64, 241):
-                assert torch.equal(linear(x[:rows], packed), whole[:rows]), (threads, rows)
-                assert torch.equal(linear(x[-rows:], packed), whole[-rows:]), (threads, rows)
-    finally:
-        torch.set_num_threads(before)
+    assert_rows_keep_their_bits(packed, (*range(1, 18), 64, 241))
 
 
 @BITS

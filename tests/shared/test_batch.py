@@ -1,4 +1,4 @@
-"""Ragged batches: where each token goes, and what padding adds."""
+"""Ragged batches: where each token goes."""
 
 import pytest
 import torch
@@ -29,20 +29,6 @@ def test_mixed_batch() -> None:
     assert {dtypes[name] for name in ("positions", "cu_seqlens", "context_lens", "block_tables")} == {torch.int32}
 
 
-def test_padding_makes_shapes_follow_from_the_bucket() -> None:
-    shapes = set()
-    for count in range(1, 5):
-        entries = [BatchEntry([token], 5, [2 * token + 1, 2 * token + 2]) for token in range(count)]
-        batch = build_batch(entries, 4, pad_to=4, table_width=8)
-        shapes.add(tuple(getattr(batch, name).shape for name in batch.__dataclass_fields__))
-        assert batch.token_ids.tolist() == [*range(count), *[0] * (4 - count)]
-        assert batch.context_lens.tolist() == [6] * count + [1] * (4 - count)
-        assert batch.slots[count:].tolist() == [0] * (4 - count)
-        assert not batch.block_tables[count:].any()
-        assert batch.logit_rows.tolist() == [0, 1, 2, 3]
-    assert len(shapes) == 1
-
-
 def test_empty_batch() -> None:
     batch = build_batch([], 16)
     assert (batch.num_tokens, batch.num_sequences) == (0, 0)
@@ -50,16 +36,14 @@ def test_empty_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "options", "message"),
+    ("entry", "message"),
     [
-        (BatchEntry([], 0, [1]), {}, "0 tokens from position 0"),
-        (BatchEntry([1], -1, [1]), {}, "from position -1"),
-        (BatchEntry([1] * 5, 0, [1]), {}, "1 blocks of 4 cannot hold 5 tokens"),
-        (BatchEntry([1], 4, [1]), {}, "1 blocks of 4 cannot hold 5 tokens"),
-        (BatchEntry([1], 0, [1]), {"pad_to": 0}, "1 entries do not fit into 0 rows"),
-        (BatchEntry([1], 0, [1, 2, 3]), {"table_width": 2}, "3 blocks does not fit into 2 columns"),
+        (BatchEntry([], 0, [1]), "0 tokens from position 0"),
+        (BatchEntry([1], -1, [1]), "from position -1"),
+        (BatchEntry([1] * 5, 0, [1]), "1 blocks of 4 cannot hold 5 tokens"),
+        (BatchEntry([1], 4, [1]), "1 blocks of 4 cannot hold 5 tokens"),
     ],
 )
-def test_refusals(entry: BatchEntry, options: dict[str, int], message: str) -> None:
+def test_refusals(entry: BatchEntry, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_batch([entry], 4, **options)
+        build_batch([entry], 4)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kernels.linear import LinearWeight, Quantization
-from shared.batch import BatchEntry, build_batch
+from shared.batch import NULL_BLOCK, BatchEntry, build_batch
 from shared.checkpoint import CheckpointError, open_checkpoint
 from shared.config import QuantizationMode
 from shared.kv_cache import DTYPES, KvCache, KvLayout
@@ -61,8 +61,8 @@ def random_tokens(model: Decoder, count: int, seed: int = 0) -> list[int]:
     return torch.randint(3, model.architecture.vocab_size, (count,), generator=generator).tolist()
 
 
-def run(model: Decoder, kv: KvCache, *entries: BatchEntry, pad_to: int | None = None) -> Tensor:
-    return model.forward(build_batch(entries, BLOCK_TOKENS, pad_to=pad_to), kv)
+def run(model: Decoder, kv: KvCache, *entries: BatchEntry) -> Tensor:
+    return model.forward(build_batch(entries, BLOCK_TOKENS), kv)
 
 
 def in_chunks(model: Decoder, kv: KvCache, tokens: Sequence[int], sizes: Iterator[int], table: Sequence[int]) -> Tensor:
@@ -155,7 +155,8 @@ def test_same_bits_among_neighbours(kind: str, dtype: str) -> None:
         BatchEntry(tokens[count:], count, table, "all")
         for tokens, table, count in zip(sequences, tables, cached, strict=True)
     ]
-    logits = run(model, kv, *entries, pad_to=8)
+    padding = [BatchEntry([0], 0, [NULL_BLOCK])] * 3
+    logits = run(model, kv, *entries, *padding)
     expected = torch.cat([rows[count:] for rows, count in zip(alone, cached, strict=True)])
     assert torch.equal(logits[: len(expected)], expected)
     assert logits.shape[0] == len(expected) + 3
