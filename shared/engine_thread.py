@@ -1,16 +1,22 @@
 """The thread that an engine runs on. It never waits on gRPC, and gRPC never waits on it.
 
-Commands come in through `post`; what a step brings goes back to the event loop in one batch per turn.
+Commands come in through `post`; what a step brings goes back to the event loop in one batch per turn. The loop is woken
+when the next step computes, or when there is none: woken before, it would hold Python's lock while that is prepared.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
+
+from kernels.cpu import library
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +76,9 @@ class EngineThread:
         self._loop = asyncio.get_running_loop()
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
+        self._outgoing: deque[tuple[list[tuple[Callable[[Any], None], Any]], Load | None]] = deque()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._loop.add_reader(self._bell, self._receive)
         self._stopped = False
         self._turned_s = time.monotonic()
         self._load = Load()
@@ -90,12 +99,15 @@ class EngineThread:
         return time.monotonic() - self._turned_s
 
     async def stop(self) -> None:
-        """Ends the thread after its current step, and waits for that."""
+        """Ends the thread after its current step, waits for that, and hands over what it brought. Call it once."""
         with self._wake:
             self._stopped = True
             self._wake.notify()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+        self._receive()
+        self._loop.remove_reader(self._bell)
+        os.close(self._bell)
 
     def _run(self) -> None:
         try:
@@ -105,6 +117,7 @@ class EngineThread:
                 with self._wake:
                     wait_s = next_s - time.monotonic() if busy else IDLE_TURN_S
                     if not self._inbox and wait_s > 0 and not self._stopped:
+                        self._ring_later(None)
                         self._wake.wait(wait_s)
                     if self._stopped:
                         return
@@ -118,7 +131,10 @@ class EngineThread:
                 self._hand_over()
         except BaseException as error:
             log.critical("the engine thread failed", exc_info=error)
-            self._loop.call_soon_threadsafe(self._on_failure, error)
+            self._outgoing.append(([(self._on_failure, error)], None))
+            self._ring_later(self._bell)
+        finally:
+            self._ring_later(None)
 
     def _hand_over(self) -> None:
         events = self._scheduler.take_events()
@@ -126,10 +142,20 @@ class EngineThread:
         changed = load != self._load
         self._load = load
         if events or changed:
-            self._loop.call_soon_threadsafe(self._receive, events, load if changed else None)
+            self._outgoing.append((events, load if changed else None))
+            self._ring_later(self._bell)
 
-    def _receive(self, events: list[tuple[Callable[[Any], None], Any]], load: Load | None) -> None:
-        for receiver, event in events:
-            receiver(event)
-        if load is not None:
-            self._on_load(load)
+    @staticmethod
+    def _ring_later(bell: int | None) -> None:
+        """Has the loop woken by this thread's next op; what was to be rung before is rung now."""
+        library.call("tandem_ring_later", -1 if bell is None else bell)
+
+    def _receive(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
+        while self._outgoing:
+            events, load = self._outgoing.popleft()
+            for receiver, event in events:
+                receiver(event)
+            if load is not None:
+                self._on_load(load)

@@ -7,6 +7,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -53,6 +54,14 @@ static int64_t allowed(void) {
     for (int64_t i = 0; i < shares.slots; i++) count += atomic_load_explicit(&computing[i], memory_order_relaxed) != 0;
     if (count < 2) return INT64_MAX;
     return shares.cores > count ? shares.cores / count : 1;
+}
+
+/* An eventfd that this thread is to ring; -1 = none. */
+static __thread int bell = -1;
+
+static void ring(void) {
+    if (bell >= 0) eventfd_write(bell, 1);
+    bell = -1;
 }
 
 /* index: of the thread, 0 is the one that called. */
@@ -104,6 +113,7 @@ static void start(int64_t helpers) {
 }
 
 void team_run(int64_t threads, int64_t chunks, Chunk run, const void *job) {
+    ring();
     int64_t helpers = (threads < chunks ? threads : chunks) - 1;
     if (helpers > MAX_HELPERS) helpers = MAX_HELPERS;
     if (helpers > 0) {
@@ -155,6 +165,14 @@ int64_t tandem_share_cores(const Arg *a) {
 
 /* How many threads an op may use now. */
 int64_t tandem_allowed_threads(const Arg *a) { return (void)a, allowed(); }
+
+/* Has an eventfd rung by this thread's next op that is worth several threads, or now with -1: one that was not yet rung is
+ * rung at once. Whoever is woken by a thread that holds Python's lock takes it away, and one that computes does not hold it. */
+int64_t tandem_ring_later(const Arg *a) {
+    ring();
+    bell = (int)a[0].i;
+    return 0;
+}
 
 typedef struct {
     int64_t (*op)(const Arg *);

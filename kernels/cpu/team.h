@@ -29,7 +29,7 @@ void team_run(int64_t threads, int64_t chunks, Chunk run, const void *job);
 static inline int64_t strip_of(int64_t width) { return width < 16384 ? 16384 / width : 1; }
 
 /* `bytes` of memory aligned to 64, the calling thread's own until it asks for slot again; NULL without memory. */
-enum { SCRATCH_LINEAR, SCRATCH_SUMS, SCRATCH_ATTENTION, SCRATCH_PARTIALS, SCRATCH_SLOTS };
+enum { SCRATCH_LINEAR, SCRATCH_SUMS, SCRATCH_ATTENTION, SCRATCH_PARTIALS, SCRATCH_SAMPLING, SCRATCH_SLOTS };
 void *scratch(int slot, size_t bytes);
 
 #endif

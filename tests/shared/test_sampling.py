@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shared import logprobs, sampling
+from kernels.sampling import draw
+from shared import logprobs
 from shared.logprobs import InvalidLogits
 from shared.penalties import SampleRow, TokenHistory, edit_logits
-from shared.sampling import Sampled, filtered_probs, sample
+from shared.sampling import Sampled, how_of, sample
 from shared.sampling_params import SamplingParams
 
 PLAIN = SamplingParams(max_tokens=1000, seed=1)
@@ -144,7 +145,8 @@ def test_every_step_of_hugging_face_generate_has_our_distribution_and_our_logpro
     assert len(made.scores) >= max(1, params.min_tokens)
     for step, (scores, logits) in enumerate(zip(made.scores, made.logits, strict=True)):
         row = SampleRow.from_tokens(replace(params, logprobs=3), tokens[: len(prompt) + step], len(prompt), 0, EOS)
-        probs = filtered_probs(edit_logits(logits, [row]), [params])
+        probs = torch.empty_like(logits)
+        draw(edit_logits(logits, [row]), how_of([row]), torch.zeros(1, dtype=torch.float64), kept=probs)
         assert torch.equal(probs > 0, scores.isfinite())
         torch.testing.assert_close(probs / probs.sum(), scores.softmax(dim=-1), rtol=1e-5, atol=1e-9)
         (drawn,) = sample(logits, [row])
@@ -169,13 +171,6 @@ def test_logprobs_are_of_the_raw_logits_and_only_where_asked():
     assert zero == Sampled(7, raw[1, 7].item(), ())
     assert two.logprob == raw[2, 7].item()
     assert two.top == tuple(zip(raw[2].topk(2).indices.tolist(), raw[2].topk(2).values.tolist(), strict=True))
-
-
-@pytest.mark.parametrize(("uniform", "token_id"), [(0.0, 1), (0.25 - 2**-53, 1), (0.25, 2), (1 - 2**-53, 5)])
-def test_a_token_owns_the_uniforms_from_its_lower_edge_on(uniform, token_id, monkeypatch):
-    monkeypatch.setattr(sampling, "token_uniforms", lambda *_: torch.tensor([uniform], dtype=torch.float64))
-    logits = torch.tensor([[-torch.inf, 0.0, 0.0, 0.0, -torch.inf, 0.0, -torch.inf]])
-    assert sample(logits, [SampleRow(PLAIN, 0)])[0].token_id == token_id
 
 
 # The 99.9th percentile of chi-square with 15 degrees of freedom. Seeds are fixed, so the outcome never varies.

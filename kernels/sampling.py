@@ -1,0 +1,122 @@
+"""The next token of each row: the most probable, or one drawn from what temperature, top-k, top-p and min-p leave.
+
+    e = exp(logit / temperature - the highest);  weight = floor(e * scale), an integer
+    top-k keeps the k highest scores and all that equal the k-th; top-p the fewest highest weights that add up to more
+    than (1 - p) leaves, of equal ones the lowest ids, at least one; min-p what is at least min_p times the highest
+    token = the first whose weights up to and with it exceed floor(uniform * their sum)
+
+logits    [rows, vocab] float32, each row contiguous
+how       [rows, 4] float64: temperature (0 = the highest logit, the lowest id of equal ones), top_k (0 = off), top_p
+          (1 = off), min_p (0 = off)
+uniforms  [rows] float64 in [0, 1), multiples of 2^-53
+tokens    [rows] int64; -1 where the logits define no distribution: a NaN, an infinity, or every token masked
+
+Filters in Hugging Face's order and meaning. Sums of integers below 2^53 are exact, so a row's token is the same alone,
+in any batch, on any number of threads and with any instruction set.
+
+The uniform numbers are Philox4x32-10's (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3, SC11):
+a number depends on its key and counter alone, so a token's draw can be made again by any worker at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.cpu import library
+
+
+def draw(logits: Tensor, how: Tensor, uniforms: Tensor, *, kept: Tensor | None = None) -> Tensor:
+    """The tokens. kept: [rows, vocab] float32, gets e of the drawn rows, 0 where a filter removed it.
+
+    Raises ValueError when a tensor breaks the contract.
+    """
+    if logits.device.type != "cpu":
+        raise ValueError(f"sampling runs on: cpu; got a tensor on {logits.device}")
+    if logits.dtype != torch.float32 or logits.dim() != 2 or (logits.shape[1] > 1 and logits.stride(1) != 1):
+        raise ValueError(f"logits must be float32 [rows, vocab], got {logits.dtype} {list(logits.shape)}")
+    rows, vocab = logits.shape
+    for name, tensor, shape in (("how", how, (rows, 4)), ("uniforms", uniforms, (rows,))):
+        if tensor.dtype != torch.float64 or tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous float64 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            )
+    if kept is not None and (kept.dtype != torch.float32 or kept.shape != logits.shape or not kept.is_contiguous()):
+        raise ValueError(f"kept must be contiguous float32 [{rows}, {vocab}], got {kept.dtype} {list(kept.shape)}")
+    tokens = torch.empty(rows, dtype=torch.int64)
+    failed = library.call(
+        "tandem_sample",
+        logits.data_ptr(), logits.stride(0), rows, vocab, how.data_ptr(), uniforms.data_ptr(), _scale(vocab),
+        tokens.data_ptr(), None if kept is None else kept.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"a row of {vocab} logits has no memory to be sampled in")
+    return tokens
+
+
+def draw_reference(logits: Tensor, how: Tensor, uniforms: Tensor) -> list[int]:
+    """The same in float64 and by sorting, row by row."""
+    rows = zip(logits.double(), how.tolist(), uniforms.tolist(), strict=True)
+    return [_draw_reference(row, settings, uniform) for row, settings, uniform in rows]
+
+
+def token_uniforms(seeds: Sequence[int], indices: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """One uniform number for each generated token: [rows] float64.
+
+    key = the 64-bit seed, counter = (position among the generated tokens, sample index, 0, 0); the last two words are
+    left for draws of another kind. The two first output words give the 53 bits, as in the Mersenne Twister's res53.
+    """
+    out = torch.empty(len(seeds), dtype=torch.float64)
+    key = np.array(seeds, dtype=np.uint64)
+    index, position = np.array(indices, dtype=np.int64), np.array(positions, dtype=np.int64)
+    if not key.shape == index.shape == position.shape:
+        raise ValueError(f"{len(seeds)} seeds, {len(indices)} indices and {len(positions)} positions")
+    library.call(
+        "tandem_uniforms", key.ctypes.data, index.ctypes.data, position.ctypes.data, len(seeds), out.data_ptr()
+    )
+    return out
+
+
+def token_uniforms_reference(seed: int, index: int, position: int) -> float:
+    """The same of one token, in Python's integers."""
+    word0, word1, _, _ = philox4x32_reference((position, index, 0, 0), (seed % 2**32, seed >> 32))
+    return ((word0 >> 5) * 2**26 + (word1 >> 6)) / 2**53
+
+
+def philox4x32_reference(counter: Sequence[int], key: Sequence[int]) -> list[int]:
+    """Four 32-bit words from a counter of four and a key of two."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c0, 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * c2, 2**32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return [c0, c1, c2, c3]
+
+
+def _scale(vocab: int) -> float:
+    """What makes integers of e, which is at most 1: a row of them adds up to less than 2^53."""
+    return 2.0 ** min(48, 52 - vocab.bit_length())
+
+
+def _draw_reference(logits: Tensor, how: Sequence[float], uniform: float) -> int:
+    temperature, top_k, top_p, min_p = how
+    if not logits.max().isfinite():  # of a NaN the maximum is NaN
+        return -1
+    if temperature == 0:
+        return int((logits == logits.max()).nonzero()[0])
+    scores = logits / temperature
+    weights = ((scores - scores.max()).exp() * _scale(len(logits))).floor()
+    if 0 < top_k < len(logits):
+        weights[scores < scores.sort(descending=True).values[int(top_k) - 1]] = 0
+    best = weights.sort(descending=True, stable=True)
+    if top_p < 1:
+        needed = weights.sum() - ((1 - top_p) * weights.sum()).floor()
+        removed = best.values.cumsum(0) - best.values >= needed.clamp(min=1)
+        weights[best.indices[removed]] = 0
+    weights[weights < min_p * best.values[0]] = 0
+    cumulative = weights.cumsum(0)
+    return int((cumulative > (uniform * cumulative[-1]).floor()).nonzero()[0])

@@ -1,0 +1,282 @@
+"""The draw against Hugging Face, exact integers and its float64 reference; the generator against known answers."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from kernels.sampling import (
+    draw,
+    draw_reference,
+    philox4x32_reference,
+    token_uniforms,
+    token_uniforms_reference,
+)
+
+How = tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
+
+
+def random_logits(rows: int, vocab_size: int, scale: float, seed: int = 0) -> Tensor:
+    return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def how_of(*rows: How) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64).view(-1, 4)
+
+
+def kept_of(logits: Tensor, *rows: How) -> Tensor:
+    """What each row may draw, the most probable token being 1."""
+    kept = torch.full(logits.shape, torch.nan)
+    draw(logits, how_of(*rows), torch.zeros(len(logits), dtype=torch.float64), kept=kept)
+    return kept
+
+
+def mixed(count: int) -> Tensor:
+    chance = random.Random(5)
+    return how_of(
+        *(
+            (
+                chance.choice([0, 0.3, 0.7, 1, 1.8]),
+                chance.choice([0, 0, 1, 5, 50, 700]),
+                chance.choice([1, 1, 0.5, 0.9, 0.99]),
+                chance.choice([0, 0, 0.02, 0.3]),
+            )
+            for _ in range(count)
+        )
+    )
+
+
+def some_uniforms(count: int) -> Tensor:
+    return token_uniforms(range(count), [0] * count, [0] * count)
+
+
+# -- what the filters keep --------------------------------------------------------------------------------------------
+
+
+def hugging_face(logits: Tensor, how: How) -> Tensor:
+    """The processed scores, in the order in which `generate` builds its list."""
+    temperature, top_k, top_p, min_p = how
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(MinPLogitsWarper(min_p))
+    return warpers(torch.zeros(len(logits), 1, dtype=torch.int64), logits)
+
+
+FILTERS = pytest.mark.parametrize(
+    "filters",
+    [
+        (0, 1, 0),
+        (1, 1, 0),
+        (40, 1, 0),
+        (5000, 1, 0),
+        (0, 0.9, 0),
+        (0, 1e-6, 0),
+        (0, 0.999, 0),
+        (0, 1, 0.05),
+        (0, 1, 1.0),
+        (50, 0.8, 0),
+        (7, 1, 0.2),
+        (0, 0.95, 0.01),
+        (100, 0.9, 0.02),
+    ],
+    ids=str,
+)
+
+
+@FILTERS
+@pytest.mark.parametrize(("temperature", "scale"), [(1.0, 3.0), (0.6, 1.0), (1.9, 0.3), (1.0, 0.01)])
+def test_keeps_what_hugging_face_keeps_with_its_probabilities(filters, temperature, scale):
+    logits, how = random_logits(6, 3001, scale), (temperature, *filters)
+    expected = hugging_face(logits, how)
+    kept = kept_of(logits, *[how] * 6)
+    assert torch.equal(kept > 0, expected.isfinite())
+    torch.testing.assert_close(kept / kept.sum(dim=-1, keepdim=True), expected.softmax(dim=-1), rtol=1e-5, atol=1e-9)
+
+
+@FILTERS
+def test_with_ties_as_many_of_each_score_stay_as_in_hugging_face(filters):
+    # Which of equal scores stay at a top-p cut is left to an unstable sort there, so the scores are compared, not ids.
+    logits, how = (random_logits(6, 700, 1.5) * 2).round() / 2, (1.0, *filters)
+    expected = hugging_face(logits, how)
+    for scores, kept, wanted in zip(logits, kept_of(logits, *[how] * 6), expected, strict=True):
+        assert torch.equal(scores[kept > 0].sort().values, wanted[wanted.isfinite()].sort().values)
+
+
+def test_the_lowest_ids_stay_of_equal_scores_at_the_cut():
+    logits = torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0]])
+    assert kept_of(logits, (1, 0, 1e-20, 0)).nonzero()[:, 1].tolist() == [1]  # what greedy takes
+    assert kept_of(logits, (1, 0, 0.5, 0)).nonzero()[:, 1].tolist() == [1, 3, 4]
+    assert kept_of(logits, (1, 2, 1, 0)).nonzero()[:, 1].tolist() == [1, 3, 4, 6]  # top-k keeps ties
+    assert kept_of(torch.tensor([[-0.0, 0.0, -1.0]]), (1, 1, 1, 0)).nonzero()[:, 1].tolist() == [0, 1]
+
+
+def test_a_mass_of_exactly_p_is_enough():
+    logits = torch.zeros(1, 4)
+    assert kept_of(logits, (1, 0, 0.5, 0)).nonzero()[:, 1].tolist() == [0, 1]
+    assert hugging_face(logits, (1, 0, 0.5, 0)).isfinite().sum() == 2
+
+
+def exact(scores: list[float], e: list[float], how: How) -> set[int]:
+    """The filters' definition, in integers without bound."""
+    _, top_k, top_p, min_p = how
+    kept = set(range(len(scores)))
+    if 0 < top_k < len(scores):
+        kth = sorted(scores, reverse=True)[top_k - 1]
+        kept = {i for i in kept if scores[i] >= kth}
+    if top_p < 1:
+        weights = [int(x * 2 ** (52 - len(scores).bit_length())) for x in e]
+        total = sum(weights[i] for i in kept)
+        above, head = 0, set()
+        for i in sorted(kept, key=lambda i: (-e[i], i)):
+            if above < total - int((1 - top_p) * total) or not head:
+                head.add(i)
+            above += weights[i]
+        kept = head
+    if min_p > 0:
+        kept = {i for i in kept if e[i] >= torch.tensor(min_p).item()}
+    return kept
+
+
+row_strategy = st.tuples(
+    st.lists(st.integers(-60, 60).map(lambda x: x / 8), min_size=40, max_size=40),
+    st.tuples(
+        st.just(1.0),
+        st.sampled_from([0, 1, 2, 7, 30, 40, 90]),
+        st.sampled_from([1e-12, 0.1, 0.5, 0.9, 0.999999, 1.0]) | st.floats(0.001, 1),
+        st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    ),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(row_strategy, min_size=1, max_size=6))
+def test_mixed_rows_equal_the_definition(rows):
+    scores = torch.tensor([scores for scores, _ in rows])
+    e = kept_of(scores, *[(1.0, 0, 1.0, 0.0)] * len(rows))  # no filter
+    expected = [exact(scores[i].tolist(), e[i].tolist(), how) for i, (_, how) in enumerate(rows)]
+    kept = kept_of(scores, *(how for _, how in rows))
+    assert [set(row.nonzero().flatten().tolist()) for row in kept] == expected
+    assert torch.equal(kept[kept > 0], e[kept > 0])
+
+
+# -- which token is drawn ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 15, 16, 17, 1023, 1025, 49_152])
+@pytest.mark.parametrize("scale", [0.0, 0.01, 4.0])
+def test_matches_the_reference(vocab_size, scale):
+    logits, how, uniforms = random_logits(40, vocab_size, scale, seed=vocab_size), mixed(40), some_uniforms(40)
+    assert draw(logits, how, uniforms).tolist() == draw_reference(logits, how, uniforms)
+
+
+@pytest.mark.parametrize(("uniform", "token_id"), [(0.0, 1), (0.25 - 2**-53, 1), (0.25, 2), (1 - 2**-53, 5)])
+def test_a_token_owns_the_uniforms_from_its_lower_edge_on(uniform, token_id):
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, 0.0, -torch.inf, 0.0, -torch.inf]])
+    assert draw(logits, how_of((1, 0, 1, 0)), torch.tensor([uniform], dtype=torch.float64)).tolist() == [token_id]
+
+
+def test_the_last_uniform_takes_the_last_token_of_a_large_even_vocabulary():
+    logits, last = torch.zeros(1, 2**18 - 1), torch.tensor([1 - 2**-53], dtype=torch.float64)
+    for how in ((1, 0, 1, 0), (1, 0, 0.5, 0), (1, 5, 1, 0)):
+        kept = kept_of(logits, how)
+        assert draw(logits, how_of(how), last).item() == kept.nonzero()[-1, 1]
+
+
+def test_a_row_has_the_same_token_alone_among_neighbours_and_with_any_threads():
+    logits, how, uniforms = random_logits(33, 5003, 4.0), mixed(33), some_uniforms(33)
+    together = draw(logits, how, uniforms)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(draw(logits, how, uniforms), together)
+            alone = [draw(logits[i : i + 1], how[i : i + 1], uniforms[i : i + 1]) for i in range(33)]
+            assert torch.equal(torch.cat(alone), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("how", [(0, 0, 1, 0), (1, 0, 1, 0), (0.7, 3, 0.5, 0.1)], ids=str)
+@pytest.mark.parametrize("vocab_size", [3, 16, 40, 49_152])
+def test_rows_without_a_distribution_have_no_token(how, vocab_size):
+    logits = random_logits(6, vocab_size, 4.0)
+    logits[1, -1], logits[2], logits[3, 0], logits[5, 0] = torch.nan, -torch.inf, torch.inf, torch.nan
+    tokens = draw(logits, how_of(*[how] * 6), some_uniforms(6))
+    assert (tokens < 0).tolist() == [False, True, True, True, False, True]
+
+
+def test_broken_contracts_are_refused():
+    logits, how, uniforms = torch.zeros(2, 5), how_of((1, 0, 1, 0), (1, 0, 1, 0)), some_uniforms(2)
+    assert draw(logits[:0], how[:0], uniforms[:0]).shape == (0,)
+    with pytest.raises(ValueError, match="logits must be float32"):
+        draw(logits.bfloat16(), how, uniforms)
+    with pytest.raises(ValueError, match="logits must be float32"):
+        draw(torch.zeros(5, 2).T, how, uniforms)
+    with pytest.raises(ValueError, match="how must be"):
+        draw(logits, how[:1], uniforms)
+    with pytest.raises(ValueError, match="uniforms must be"):
+        draw(logits, how, uniforms.float())
+    with pytest.raises(ValueError, match="kept must be"):
+        draw(logits, how, uniforms, kept=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="runs on: cpu"):
+        draw(logits.to("meta"), how, uniforms)
+
+
+# -- the generator ----------------------------------------------------------------------------------------------------
+
+# Random123 1.14.0, tests/kat_vectors, rows "philox4x32 10": counter, key, output.
+KNOWN_ANSWERS = [
+    (
+        "00000000 00000000 00000000 00000000",
+        "00000000 00000000",
+        "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    ),
+    (
+        "ffffffff ffffffff ffffffff ffffffff",
+        "ffffffff ffffffff",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    ),
+    (
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "a4093822 299f31d0",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS)
+def test_the_reference_has_the_known_answers(counter, key, output):
+    words = [[int(word, 16) for word in text.split()] for text in (counter, key, output)]
+    assert philox4x32_reference(words[0], words[1]) == words[2]
+
+
+words32 = st.integers(0, 2**32 - 1)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), words32, words32)))
+def test_uniforms_are_those_of_the_reference(rows):
+    expected = [token_uniforms_reference(*row) for row in rows]
+    assert all(0 <= uniform < 1 for uniform in expected)
+    assert token_uniforms([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]).tolist() == expected
+
+
+def test_uniforms_need_as_many_of_each():
+    with pytest.raises(ValueError, match="2 seeds, 1 indices"):
+        token_uniforms([1, 2], [0], [0, 0])
