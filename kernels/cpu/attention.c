@@ -25,6 +25,7 @@ enum {
     ROWS = 48,    /* rows that share one packed tile */
     GROUP = 6,    /* rows held in registers together */
     VECTORS = TILE / VL,
+    STRIP_WORK = 400000, /* multiply-adds that a thread takes at a time at least, where there are enough */
     MAX_HEAD_DIM = 512, /* a thread's tiles lie on its stack */
 };
 
@@ -38,9 +39,10 @@ typedef struct {
     int dtype;
 } Call;
 
-/* What one thread takes at a time: tokens x heads that share one kv head of one sequence. Row r is token r / num_heads. */
+/* What one thread takes at a time: tokens x heads that share one kv head of one sequence, for each of some kv heads. Of a kv
+ * head, row r is token r / num_heads. */
 typedef struct {
-    int32_t sequence, kv_head, first_head, num_heads, first_token, num_tokens;
+    int32_t sequence, kv_head, num_kv_heads, first_head, num_heads, first_token, num_tokens;
     int64_t first_position; /* absolute position of first_token */
     int64_t begin, end;     /* keys that any of its rows sees */
     int64_t first_partial;
@@ -54,6 +56,15 @@ typedef struct {
     const char *k[TILE], *v[TILE];
 } Rows; /* where the keys and values of a tile lie */
 
+/* The tile that comes next: where its keys and values of the item's first kv head lie, and what of it is fetched. */
+typedef struct {
+    Rows rows;
+    int64_t first, last;                 /* keys within the tile */
+    int64_t heads, k_stride, v_stride;   /* bytes from one kv head to the next */
+    int64_t row_bytes, step;
+    int many; /* rows share a tile: it is in the second cache already, or worth the wait */
+} Next;
+
 typedef struct {
     float *q;      /* groups of [head_dim][rows of the group], scaled; or of pairs, and not scaled */
     float *keys;   /* [head_dim][TILE]; or pairs: [head_dim / 2][TILE] */
@@ -61,12 +72,15 @@ typedef struct {
     float *scores; /* [ROWS][TILE] */
     int32_t *weights; /* of pairs: [ROWS][TILE / 2] */
     State total, part;
-    Rows rows[2]; /* this tile and the next */
+    Rows rows;         /* of this tile */
+    Next *next;
+    const Item *after; /* what this thread takes next, or NULL */
 } Scratch;
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t padded(int64_t dim) { return (dim + VL - 1) / VL * VL; }
+INLINE int64_t rows_of(const Item *item) { return (int64_t)item->num_tokens * item->num_heads; }
 INLINE int64_t row_end(const Item *item, int64_t r) { return item->first_position + r / item->num_heads + 1; }
 INLINE int64_t row_begin(const Call *call, const Item *item, int64_t r) {
     return call->window ? larger(0, row_end(item, r) - call->window) : 0;
@@ -98,10 +112,9 @@ INLINE void score_block(int rows, int vectors, int64_t head_dim, const float *q,
         for (int i = 0; i < vectors; i++) vf_store(scores + r * TILE + i * VL, acc[r][i]);
 }
 
-/* o[r] += sum over keys j in [begin, end), in order, of p[r][j] * v[j], for `vectors` vectors of dimensions. The values of
- * the next tile are prefetched meanwhile (a stale pointer there is harmless: a prefetch cannot fault). */
+/* o[r] += sum over keys j in [begin, end), in order, of p[r][j] * v[j], for `vectors` vectors of dimensions. */
 INLINE void value_block(int rows, int vectors, int64_t begin, int64_t end, const float *p, const char *const *v_rows,
-                        const char *const *next, int64_t column, float *o, int64_t o_stride) {
+                        int64_t column, float *o, int64_t o_stride) {
     vf acc[GROUP][8];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -109,7 +122,6 @@ INLINE void value_block(int rows, int vectors, int64_t begin, int64_t end, const
         for (int i = 0; i < vectors; i++) acc[r][i] = vf_load(o + r * o_stride + column + i * VL);
     for (int64_t j = begin; j < end; j++) {
         const float *v = (const float *)v_rows[j] + column;
-        for (int i = 0; i < vectors * VL; i += 16) __builtin_prefetch((const float *)next[j] + column + i);
         vf value[8];
 #pragma GCC unroll 8
         for (int i = 0; i < vectors; i++) value[i] = vf_load(v + i * VL);
@@ -139,15 +151,15 @@ INLINE void score_rows(int rows, int64_t first, int64_t last, int64_t head_dim, 
     for (; i < last; i++) score_block(rows, 1, head_dim, q, keys + i * VL, scores + i * VL);
 }
 
-INLINE void value_rows(int rows, int64_t begin, int64_t end, const float *p, const char *const *v_rows, const char *const *next, int64_t padded_dim, float *o) {
+INLINE void value_rows(int rows, int64_t begin, int64_t end, const float *p, const char *const *v_rows, int64_t padded_dim, float *o) {
     int64_t i = 0, last = padded_dim / VL;
     if (begin >= end) return;
     if (widest(rows) >= 8)
-        for (; i + 8 <= last; i += 8) value_block(rows, 8, begin, end, p, v_rows, next, i * VL, o, padded_dim);
+        for (; i + 8 <= last; i += 8) value_block(rows, 8, begin, end, p, v_rows, i * VL, o, padded_dim);
     if (widest(rows) >= 4)
-        for (; i + 4 <= last; i += 4) value_block(rows, 4, begin, end, p, v_rows, next, i * VL, o, padded_dim);
-    for (; i + 2 <= last; i += 2) value_block(rows, 2, begin, end, p, v_rows, next, i * VL, o, padded_dim);
-    for (; i < last; i++) value_block(rows, 1, begin, end, p, v_rows, next, i * VL, o, padded_dim);
+        for (; i + 4 <= last; i += 4) value_block(rows, 4, begin, end, p, v_rows, i * VL, o, padded_dim);
+    for (; i + 2 <= last; i += 2) value_block(rows, 2, begin, end, p, v_rows, i * VL, o, padded_dim);
+    for (; i < last; i++) value_block(rows, 1, begin, end, p, v_rows, i * VL, o, padded_dim);
 }
 
 static void scores_of(int rows, int64_t first, int64_t last, int64_t head_dim, const float *q, const float *keys, float *scores) {
@@ -161,33 +173,55 @@ static void scores_of(int rows, int64_t first, int64_t last, int64_t head_dim, c
     }
 }
 
-static void values_of(int rows, int64_t begin, int64_t end, const float *p, const char *const *v_rows, const char *const *next, int64_t padded_dim, float *o) {
+static void values_of(int rows, int64_t begin, int64_t end, const float *p, const char *const *v_rows, int64_t padded_dim, float *o) {
     switch (rows) {
-    case 1: value_rows(1, begin, end, p, v_rows, next, padded_dim, o); break;
-    case 2: value_rows(2, begin, end, p, v_rows, next, padded_dim, o); break;
-    case 3: value_rows(3, begin, end, p, v_rows, next, padded_dim, o); break;
-    case 4: value_rows(4, begin, end, p, v_rows, next, padded_dim, o); break;
-    case 5: value_rows(5, begin, end, p, v_rows, next, padded_dim, o); break;
-    default: value_rows(6, begin, end, p, v_rows, next, padded_dim, o);
+    case 1: value_rows(1, begin, end, p, v_rows, padded_dim, o); break;
+    case 2: value_rows(2, begin, end, p, v_rows, padded_dim, o); break;
+    case 3: value_rows(3, begin, end, p, v_rows, padded_dim, o); break;
+    case 4: value_rows(4, begin, end, p, v_rows, padded_dim, o); break;
+    case 5: value_rows(5, begin, end, p, v_rows, padded_dim, o); break;
+    default: value_rows(6, begin, end, p, v_rows, padded_dim, o);
     }
 }
 
-/* Where the keys and values of positions [tile + begin, tile + end) lie. */
-static void locate(const Call *call, const Item *item, int64_t tile, int64_t begin, int64_t end, Rows *rows) {
+/* Where the keys and values of positions [tile + begin, tile + end) of a kv head lie. */
+static void locate(const Call *call, const Item *item, int64_t kv_head, int64_t tile, int64_t begin, int64_t end, Rows *rows) {
     const int32_t *table = call->block_tables + item->sequence * call->table_stride;
     int64_t bytes = bytes_of(call->dtype), entry = (tile + begin) / call->block_tokens;
     for (int64_t j = begin; j < end; entry++) {
         int64_t offset = tile + j - entry * call->block_tokens;
         int64_t stop = smaller(end, j + call->block_tokens - offset), block = table[entry];
         const char *k = (const char *)call->k_cache +
-                        bytes * (block * call->k_block + item->kv_head * call->k_head + offset * call->k_token);
+                        bytes * (block * call->k_block + kv_head * call->k_head + offset * call->k_token);
         const char *v = (const char *)call->v_cache +
-                        bytes * (block * call->v_block + item->kv_head * call->v_head + offset * call->v_token);
+                        bytes * (block * call->v_block + kv_head * call->v_head + offset * call->v_token);
         for (; j < stop; j++, k += bytes * call->k_token, v += bytes * call->v_token) {
             rows->k[j] = k;
             rows->v[j] = v;
         }
     }
+}
+
+static void locate_next(const Call *call, const Item *item, int64_t tile, int64_t first, int64_t last, Next *next) {
+    int64_t bytes = bytes_of(call->dtype);
+    locate(call, item, item->kv_head, tile, first, last, &next->rows);
+    next->many = rows_of(item) > GROUP;
+    next->first = first, next->last = last, next->heads = item->num_kv_heads, next->step = first / 8 * next->heads;
+    next->k_stride = bytes * call->k_head, next->v_stride = bytes * call->v_head, next->row_bytes = bytes * call->head_dim;
+}
+
+/* Fetches the next up to 8 keys and values of one kv head into the second cache: blocks lie anywhere in memory, so the
+ * processor cannot foresee them, and the first cache waits for too few lines at once. All kv heads of a few tokens come one
+ * after another, as they lie in a block: memory is quicker where it is read in one place. */
+INLINE void fetch(Next *next) {
+    int64_t first = next->step / next->heads * 8, head = next->step % next->heads;
+    for (int64_t i = larger(first, next->first); i < smaller(first + 8, next->last); i++)
+        for (int64_t byte = 0; byte < next->row_bytes; byte += 64) {
+            const char *k = next->rows.k[i] + head * next->k_stride + byte, *v = next->rows.v[i] + head * next->v_stride + byte;
+            if (next->many) __builtin_prefetch(k, 0, 3), __builtin_prefetch(v, 0, 3);
+            else __builtin_prefetch(k, 0, 2), __builtin_prefetch(v, 0, 2);
+        }
+    next->step++;
 }
 
 INLINE v8 interleave(v8 a, v8 b, int step, int high) {
@@ -213,18 +247,15 @@ INLINE void transpose8(v8 m[8]) {
 }
 
 /* keys[d][j] = k of position tile + j, for j in [begin, end) filled up to groups of 8 with zeros. Two bfloat16 of neighbouring
- * dimensions are transposed as one 32-bit word. Meanwhile the first `ahead` keys of the next tile are prefetched: blocks
- * lie anywhere in memory, so the processor cannot foresee them. */
-INLINE void pack_keys(float *packed, Rows *rows, int64_t begin, int64_t end, const Rows *next, int64_t ahead, int64_t head_dim,
-                      int dtype) {
+ * dimensions are transposed as one 32-bit word. Meanwhile some of the next tile is fetched. */
+INLINE void pack_keys(float *packed, Rows *rows, int64_t begin, int64_t end, Next *next, int64_t head_dim, int dtype) {
     static const float zeros[MAX_HEAD_DIM];
     const char **k_rows = rows->k;
     int64_t first = begin / 8 * 8, last = (end + 7) / 8 * 8;
     for (int64_t j = first; j < begin; j++) k_rows[j] = (const char *)zeros;
     for (int64_t j = end; j < last; j++) k_rows[j] = (const char *)zeros;
     for (int64_t j = first; j < last; j += 8) {
-        for (int64_t i = j; i < smaller(j + 8, ahead); i++)
-            for (int64_t byte = 0; byte < head_dim * bytes_of(dtype); byte += 64) __builtin_prefetch(next->k[i] + byte);
+        fetch(next);
         float *keys = packed + j;
         int64_t d = 0;
         v8 block[8];
@@ -345,18 +376,14 @@ static void pair_values(int rows, int64_t begin, int64_t end, const int32_t *wei
 }
 
 /* keys[d / 2][j] = dimensions d and d + 1 of position tile + j, for j in [begin, end) filled up to groups of 8 with zeros. */
-static void pack_key_pairs(float *packed, Rows *rows, int64_t begin, int64_t end, const Rows *next, int64_t ahead, int64_t head_dim) {
+static void pack_key_pairs(float *packed, Rows *rows, int64_t begin, int64_t end, Next *next, int64_t head_dim) {
     static const char zeros[MAX_HEAD_DIM * 2];
     const char **k_rows = rows->k;
     int64_t first = begin / 8 * 8, last = (end + 7) / 8 * 8;
     for (int64_t j = first; j < begin; j++) k_rows[j] = zeros;
     for (int64_t j = end; j < last; j++) k_rows[j] = zeros;
     for (int64_t j = first; j < last; j += 8) {
-        for (int64_t i = j; i < smaller(j + 8, ahead); i++)
-            for (int64_t byte = 0; byte < head_dim * 2; byte += 64) {
-                __builtin_prefetch(next->k[i] + byte);
-                __builtin_prefetch(next->v[i] + byte);
-            }
+        fetch(next);
         int64_t pair = 0;
         v8 block[8];
         for (; pair + 8 <= head_dim / 2; pair += 8) {
@@ -423,12 +450,12 @@ static void softmax_pairs(float *scores, float scale, int64_t begin, int64_t end
     *l += sum_lanes((const float *)&sum);
 }
 
-/* What `attend` does to one tile, whose keys [first, last) lie `here`. */
-static void attend_pairs(const Call *call, const Item *item, int64_t tile, int64_t first, int64_t last, Rows *here,
-                         const Rows *next, int64_t ahead, Scratch *own, State state) {
-    int64_t rows = (int64_t)item->num_tokens * item->num_heads, head_dim = call->head_dim, padded_dim = padded(head_dim);
-    pack_key_pairs(own->keys, here, first, last, next, ahead, head_dim);
-    pack_value_pairs(own->values, here, first, last, head_dim);
+/* What `attend_tile` does on a CPU with AVX-512 BF16. q: of this kv head. */
+static void attend_pairs(const Call *call, const Item *item, int64_t tile, int64_t first, int64_t last, Scratch *own,
+                         const int32_t *q, State state) {
+    int64_t rows = rows_of(item), head_dim = call->head_dim, padded_dim = padded(head_dim);
+    pack_key_pairs(own->keys, &own->rows, first, last, own->next, head_dim);
+    pack_value_pairs(own->values, &own->rows, first, last, head_dim);
     for (int64_t g = 0; g < rows; g += GROUP) {
         int n = (int)smaller(GROUP, rows - g);
         float *scores = own->scores + g * TILE, *o = state.o + g * padded_dim;
@@ -443,7 +470,7 @@ static void attend_pairs(const Call *call, const Item *item, int64_t tile, int64
             common_to = smaller(common_to, to[r]);
         }
         if (!any) continue;
-        pair_scores(n, (last + VL - 1) / VL, head_dim, (const int32_t *)own->q + g * (head_dim / 2), own->keys, scores);
+        pair_scores(n, (last + VL - 1) / VL, head_dim, q + g * (head_dim / 2), own->keys, scores);
         for (int r = 0; r < n; r++)
             if (from[r] < to[r])
                 softmax_pairs(scores + r * TILE, call->scale, larger(row_begin(call, item, g + r) - tile, first),
@@ -461,67 +488,87 @@ static void attend_pairs(const Call *call, const Item *item, int64_t tile, int64
 
 #endif
 
+/* What the keys [first, last) of a tile, found in own->rows, do to the rows of one kv head. q: of this kv head. */
+static void attend_tile(const Call *call, const Item *item, int64_t tile, int64_t first, int64_t last, Scratch *own, const float *q,
+                        State state) {
+    int64_t rows = rows_of(item), head_dim = call->head_dim, padded_dim = padded(head_dim);
+    if (call->dtype == BFLOAT16) {
+        pack_keys(own->keys, &own->rows, first, last, own->next, head_dim, BFLOAT16);
+        pack_values(own->values, &own->rows, first, last, head_dim, BFLOAT16);
+    } else {
+        pack_keys(own->keys, &own->rows, first, last, own->next, head_dim, FLOAT32);
+        if (padded_dim != head_dim) pack_values(own->values, &own->rows, first, last, head_dim, FLOAT32);
+    }
+    for (int64_t g = 0; g < rows; g += GROUP) {
+        int n = (int)smaller(GROUP, rows - g);
+        float *scores = own->scores + g * TILE, *o = state.o + g * padded_dim;
+        int64_t from[GROUP], to[GROUP], common_from = 0, common_to = TILE, any = 0;
+        for (int r = 0; r < n; r++) {
+            from[r] = larger(row_begin(call, item, g + r) - tile, first);
+            to[r] = smaller(row_end(item, g + r) - tile, last);
+            any |= from[r] < to[r];
+            common_from = larger(common_from, from[r]);
+            common_to = smaller(common_to, to[r]);
+        }
+        if (!any) continue;
+        scores_of(n, first / VL, (last + VL - 1) / VL, head_dim, q + g * head_dim, own->keys, scores);
+        for (int r = 0; r < n; r++)
+            if (from[r] < to[r])
+                softmax_row(scores + r * TILE, from[r], to[r], &state.m[g + r], &state.l[g + r], o + r * padded_dim, padded_dim);
+        /* A row takes exactly its own keys, in order: alone before and after the range that the whole group shares. */
+        int shared = common_from < common_to;
+        for (int r = 0; r < n; r++)
+            values_of(1, from[r], shared ? common_from : to[r], scores + r * TILE, own->rows.v, padded_dim, o + r * padded_dim);
+        if (!shared) continue;
+        values_of(n, common_from, common_to, scores, own->rows.v, padded_dim, o);
+        for (int r = 0; r < n; r++)
+            values_of(1, common_to, to[r], scores + r * TILE, own->rows.v, padded_dim, o + r * padded_dim);
+    }
+}
+
+INLINE State rows_from(State state, int64_t row, int64_t padded_dim) {
+    return (State){state.o + row * padded_dim, state.m + row, state.l + row};
+}
+
 /* The (m, l, o) of each row over its keys within [begin, end), which lies within one split. */
 static void attend(const Call *call, const Item *item, int64_t begin, int64_t end, Scratch *own, State state) {
-    int64_t rows = (int64_t)item->num_tokens * item->num_heads, head_dim = call->head_dim, padded_dim = padded(head_dim);
-    memset(state.o, 0, (size_t)(rows * padded_dim) * sizeof(float));
-    memset(state.l, 0, (size_t)rows * sizeof(float));
-    for (int64_t r = 0; r < rows; r++) state.m[r] = -INFINITY;
-    int64_t first_tile = begin / TILE * TILE;
-    locate(call, item, first_tile, begin - first_tile, smaller(end - first_tile, TILE), &own->rows[first_tile / TILE % 2]);
-    for (int64_t tile = first_tile; tile < end; tile += TILE) {
-        int64_t first = larger(begin - tile, 0), last = smaller(end - tile, TILE), ahead = larger(smaller(end - tile - TILE, TILE), 0);
-        Rows *here = &own->rows[tile / TILE % 2], *next = &own->rows[(tile / TILE + 1) % 2];
-        locate(call, item, tile + TILE, 0, ahead, next);
+    int64_t rows = rows_of(item), all = rows * item->num_kv_heads, head_dim = call->head_dim, padded_dim = padded(head_dim);
+    memset(state.o, 0, (size_t)(all * padded_dim) * sizeof(float));
+    memset(state.l, 0, (size_t)all * sizeof(float));
+    for (int64_t r = 0; r < all; r++) state.m[r] = -INFINITY;
+    for (int64_t tile = begin / TILE * TILE; tile < end; tile += TILE) {
+        int64_t first = larger(begin - tile, 0), last = smaller(end - tile, TILE), after = tile + TILE;
+        Next next = {.heads = 1};
+        if (after < end) {
+            locate_next(call, item, after, 0, smaller(end - after, TILE), &next);
+        } else if (end == item->end && own->after) {
+            after = own->after->begin / TILE * TILE;
+            locate_next(call, own->after, after, own->after->begin - after, smaller(own->after->end - after, TILE), &next);
+        }
+        own->next = &next;
+        for (int64_t h = 0; h < item->num_kv_heads; h++) {
+            State part = rows_from(state, h * rows, padded_dim);
+            locate(call, item, item->kv_head + h, tile, first, last, &own->rows);
 #if HAS_PAIRS
-        if (call->dtype == BFLOAT16) {
-            attend_pairs(call, item, tile, first, last, here, next, ahead, own, state);
-            continue;
-        }
-#endif
-        if (call->dtype == BFLOAT16) {
-            pack_keys(own->keys, here, first, last, next, ahead, head_dim, BFLOAT16);
-            pack_values(own->values, here, first, last, head_dim, BFLOAT16);
-        } else {
-            pack_keys(own->keys, here, first, last, next, ahead, head_dim, FLOAT32);
-            if (padded_dim != head_dim) pack_values(own->values, here, first, last, head_dim, FLOAT32);
-        }
-        for (int64_t g = 0; g < rows; g += GROUP) {
-            int n = (int)smaller(GROUP, rows - g);
-            float *scores = own->scores + g * TILE, *o = state.o + g * padded_dim;
-            int64_t from[GROUP], to[GROUP], common_from = 0, common_to = TILE, any = 0;
-            for (int r = 0; r < n; r++) {
-                from[r] = larger(row_begin(call, item, g + r) - tile, first);
-                to[r] = smaller(row_end(item, g + r) - tile, last);
-                any |= from[r] < to[r];
-                common_from = larger(common_from, from[r]);
-                common_to = smaller(common_to, to[r]);
+            if (call->dtype == BFLOAT16) {
+                attend_pairs(call, item, tile, first, last, own, (const int32_t *)own->q + h * rows * (head_dim / 2), part);
+                continue;
             }
-            if (!any) continue;
-            scores_of(n, first / VL, (last + VL - 1) / VL, head_dim, own->q + g * head_dim, own->keys, scores);
-            for (int r = 0; r < n; r++)
-                if (from[r] < to[r])
-                    softmax_row(scores + r * TILE, from[r], to[r], &state.m[g + r], &state.l[g + r], o + r * padded_dim, padded_dim);
-            /* A row takes exactly its own keys, in order: alone before and after the range that the whole group shares. */
-            int shared = common_from < common_to;
-            for (int r = 0; r < n; r++)
-                values_of(1, from[r], shared ? common_from : to[r], scores + r * TILE, here->v, next->v, padded_dim, o + r * padded_dim);
-            if (!shared) continue;
-            values_of(n, common_from, common_to, scores, here->v, next->v, padded_dim, o);
-            for (int r = 0; r < n; r++)
-                values_of(1, common_to, to[r], scores + r * TILE, here->v, next->v, padded_dim, o + r * padded_dim);
+#endif
+            attend_tile(call, item, tile, first, last, own, own->q + h * rows * head_dim, part);
         }
+        while (next.step < (next.last + 7) / 8 * next.heads) fetch(&next);
     }
 }
 
 /* total = total and part, for the rows that see keys of the split [begin, end); the first such split is taken as it is. */
 static void merge(const Call *call, const Item *item, int64_t begin, int64_t end, State total, State part) {
     int64_t padded_dim = padded(call->head_dim);
-    for (int64_t r = 0; r < (int64_t)item->num_tokens * item->num_heads; r++) {
-        int64_t from = row_begin(call, item, r);
+    for (int64_t r = 0; r < rows_of(item) * item->num_kv_heads; r++) {
+        int64_t within = r % rows_of(item), from = row_begin(call, item, within);
         float *o = total.o + r * padded_dim;
         const float *other = part.o + r * padded_dim;
-        if (larger(from, begin) >= smaller(row_end(item, r), end)) continue;
+        if (larger(from, begin) >= smaller(row_end(item, within), end)) continue;
         if (from >= begin) {
             total.m[r] = part.m[r];
             total.l[r] = part.l[r];
@@ -538,14 +585,17 @@ static void merge(const Call *call, const Item *item, int64_t begin, int64_t end
 }
 
 INLINE int64_t row_element(const Call *call, const Item *item, int64_t r) {
+    int64_t group = call->num_heads / call->num_kv_heads, h = r / rows_of(item);
+    r %= rows_of(item);
     int64_t token = call->cu_seqlens[item->sequence] + item->first_token + r / item->num_heads;
-    return (token * call->num_heads + item->first_head + r % item->num_heads) * call->head_dim;
+    return (token * call->num_heads + item->first_head + h * group + r % item->num_heads) * call->head_dim;
 }
 
 static void load_queries(const Call *call, const Item *item, float *q) {
-    int64_t rows = (int64_t)item->num_tokens * item->num_heads;
-    for (int64_t r = 0; r < rows; r++) {
-        int64_t g = r / GROUP * GROUP, n = smaller(GROUP, rows - g), element = row_element(call, item, r);
+    int64_t rows = rows_of(item);
+    for (int64_t r = 0; r < rows * item->num_kv_heads; r++) {
+        int64_t g = r / rows * rows + r % rows / GROUP * GROUP, n = smaller(GROUP, (r / rows + 1) * rows - g);
+        int64_t element = row_element(call, item, r);
         if (HAS_PAIRS && call->dtype == BFLOAT16) {
             const char *row = at(call->q, element, BFLOAT16);
             for (int64_t k = 0; k < call->head_dim / 2; k++)
@@ -560,10 +610,11 @@ static void load_queries(const Call *call, const Item *item, float *q) {
 }
 
 static void store(const Call *call, const Item *item, State total) {
-    for (int64_t r = 0; r < (int64_t)item->num_tokens * item->num_heads; r++)
+    for (int64_t r = 0; r < rows_of(item) * item->num_kv_heads; r++) {
+        int64_t element = row_element(call, item, r);
         for (int64_t d = 0; d < call->head_dim; d += 8)
-            write8(call->out, row_element(call, item, r) + d, 8, call->dtype,
-                   v8_load(total.o + r * padded(call->head_dim) + d) / total.l[r]);
+            write8(call->out, element + d, 8, call->dtype, v8_load(total.o + r * padded(call->head_dim) + d) / total.l[r]);
+    }
 }
 
 INLINE int64_t num_splits(const Item *item) { return (item->end - 1) / SPLIT - item->begin / SPLIT + 1; }
@@ -606,17 +657,20 @@ static void merge_item(const Call *call, const Item *item, float *partials) {
     store(call, item, total);
 }
 
-/* Fills items (or only counts them when items is NULL); longest contexts of a sequence last. */
-static int64_t list_items(const Call *call, int64_t num_seqs, Item *items) {
+/* Fills items (or only counts them when items is NULL); longest contexts of a sequence last. A token that comes alone takes
+ * all kv heads with it where `whole`: they lie side by side in each block. */
+static int64_t list_items(const Call *call, int64_t num_seqs, int whole, Item *items) {
     int64_t group = call->num_heads / call->num_kv_heads, heads = smaller(group, ROWS), tokens = larger(1, ROWS / heads), count = 0;
     for (int64_t s = 0; s < num_seqs; s++) {
         int64_t length = call->cu_seqlens[s + 1] - call->cu_seqlens[s], cached = call->context_lens[s] - length;
+        int64_t together = whole && length == 1 ? larger(1, ROWS / group) : 1;
         for (int64_t t = 0; t < length; t += tokens)
-            for (int64_t h = 0; h < call->num_kv_heads; h++)
+            for (int64_t h = 0; h < call->num_kv_heads; h += together)
                 for (int64_t first = 0; first < group; first += heads, count++) {
                     if (!items) continue;
-                    Item item = {(int32_t)s, (int32_t)h, (int32_t)(h * group + first), (int32_t)smaller(heads, group - first),
-                                 (int32_t)t, (int32_t)smaller(tokens, length - t), cached + t, 0, 0, 0};
+                    Item item = {(int32_t)s, (int32_t)h, (int32_t)smaller(together, call->num_kv_heads - h), (int32_t)(h * group + first),
+                                 (int32_t)smaller(heads, group - first), (int32_t)t, (int32_t)smaller(tokens, length - t), cached + t,
+                                 0, 0, 0};
                     item.begin = row_begin(call, &item, 0);
                     item.end = cached + t + item.num_tokens;
                     items[count] = item;
@@ -629,7 +683,8 @@ typedef struct {
     const Call *call;
     const Item *items;
     int64_t num_items;
-    float *partials; /* NULL: whole items are shared out, and not their splits */
+    float *partials; /* NULL: strips of whole items are shared out, and not their splits */
+    int64_t strip;
 } Share;
 
 static void share_chunk(const void *argument, int64_t chunk) {
@@ -640,12 +695,19 @@ static void share_chunk(const void *argument, int64_t chunk) {
     float values[TILE * padded_dim] __attribute__((aligned(64))), scores[ROWS * TILE] __attribute__((aligned(64)));
     float outputs[2][ROWS * padded_dim] __attribute__((aligned(64))), maxima[2][ROWS], sums[2][ROWS];
     int32_t weights[ROWS * TILE / 2] __attribute__((aligned(64)));
-    Scratch own = {queries, keys, values, scores, weights, {outputs[0], maxima[0], sums[0]}, {outputs[1], maxima[1], sums[1]}, {{{0}, {0}}}};
+    Scratch own = {queries, keys, values, scores, weights, {outputs[0], maxima[0], sums[0]}, {outputs[1], maxima[1], sums[1]}, {{0}, {0}}, NULL, NULL};
     /* Lanes beyond the last key and dimension are computed and dropped; zeros keep them free of denormals. */
     memset(keys, 0, sizeof keys);
     if (padded_dim != head_dim) memset(values, 0, sizeof values);
-    if (share->partials) one_split(call, share->items, share->num_items, chunk, share->partials, &own);
-    else whole_item(call, &share->items[share->num_items - 1 - chunk], &own);
+    if (share->partials) {
+        one_split(call, share->items, share->num_items, chunk, share->partials, &own);
+        return;
+    }
+    int64_t index = share->num_items - 1 - chunk * share->strip, stop = larger(index - share->strip, -1);
+    for (; index > stop; index--) {
+        own.after = index - 1 > stop ? &share->items[index - 1] : NULL;
+        whole_item(call, &share->items[index], &own);
+    }
 }
 
 /* q, k_cache, v_cache, out, cu_seqlens, context_lens, block_tables; num_tokens, num_seqs, max_blocks, table_stride,
@@ -674,16 +736,17 @@ int64_t tandem_paged_attention(const Arg *a) {
         work += length * (context - oldest) * call.num_heads * call.head_dim;
     }
     if (work < 200000) threads = 1;
-    int64_t num_items = list_items(&call, num_seqs, NULL), num_partials = 0;
+    int whole = num_seqs >= 4 * threads;
+    int64_t num_items = list_items(&call, num_seqs, whole, NULL), num_partials = 0;
     if (num_items == 0) return 0;
     Item *items = scratch(SCRATCH_ATTENTION, (size_t)num_items * sizeof(Item));
     if (!items) return -1;
-    list_items(&call, num_seqs, items);
+    list_items(&call, num_seqs, whole, items);
     for (int64_t i = 0; i < num_items; i++) {
         items[i].first_partial = num_partials;
         num_partials += num_splits(&items[i]);
     }
-    Share share = {&call, items, num_items, NULL};
+    Share share = {&call, items, num_items, NULL, 1};
     /* With few items and long contexts the splits are what threads share out; the arithmetic is the same. */
     if (threads > 1 && num_items < 4 * threads && num_partials > num_items) {
         share.partials = scratch(SCRATCH_PARTIALS, (size_t)(num_partials * ROWS * (padded(call.head_dim) + 2)) * sizeof(float));
@@ -691,7 +754,9 @@ int64_t tandem_paged_attention(const Arg *a) {
         team_run(threads, num_partials, share_chunk, &share);
         for (int64_t i = 0; i < num_items; i++) merge_item(&call, &items[i], share.partials);
     } else {
-        team_run(threads, num_items, share_chunk, &share);
+        /* items of a decode step are small: a thread takes several, and fetches the next one's keys */
+        share.strip = larger(1, smaller(num_items / (4 * threads), STRIP_WORK * num_items / work));
+        team_run(threads, (num_items + share.strip - 1) / share.strip, share_chunk, &share);
     }
     return 0;
 }

@@ -129,9 +129,16 @@ def test_chunks_and_decode_steps_give_the_bits_of_the_whole_prefill(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_neighbours_and_padding_leave_the_bits_alone(dtype: torch.dtype) -> None:
-    lengths = torch.randint(1, 200, (64,), generator=torch.Generator().manual_seed(1)).tolist()
-    case = make_case(lengths, dtype=dtype)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "longest", "window"),
+    [(9, 3, 64, 200, None), (9, 3, 64, 700, 70), (60, 20, 24, 140, None), (16, 1, 40, 600, 300)],
+)
+def test_neighbours_and_padding_leave_the_bits_alone(
+    heads: int, kv_heads: int, head_dim: int, longest: int, window: int | None, dtype: torch.dtype
+) -> None:
+    """Many single tokens take all their kv heads at once, which one alone does not."""
+    lengths = torch.randint(1, longest, (64,), generator=torch.Generator().manual_seed(1)).tolist()
+    case = make_case(lengths, heads, kv_heads, head_dim, dtype, window)
     alone = [case.run([(s, length - 1, length)]) for s, length in enumerate(lengths)]
     for batch in (2, 3, 8, 17, 64):
         spans = [(s, lengths[s] - 1, lengths[s]) for s in range(batch)]
