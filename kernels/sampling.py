@@ -6,10 +6,9 @@
     token = the first whose weights up to and with it exceed floor(uniform * their sum)
 
 logits    [rows, vocab] float32, each row contiguous
-how       [rows, 4] float64: temperature (0 = the highest logit, the lowest id of equal ones), top_k (0 = off), top_p
-          (1 = off), min_p (0 = off)
-uniforms  [rows] float64 in [0, 1), multiples of 2^-53
-tokens    [rows] int64; -1 where the logits define no distribution: a NaN, an infinity, or every token masked
+how       one for each row
+uniforms  one for each row, in [0, 1), a multiple of 2^-53
+tokens    one for each row; -1 where the logits define no distribution: a NaN, an infinity, or every token masked
 
 Filters in Hugging Face's order and meaning. Sums of integers below 2^53 are exact, so a row's token is the same alone,
 in any batch, on any number of threads and with any instruction set.
@@ -20,64 +19,71 @@ a number depends on its key and counter alone, so a token's draw can be made aga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.cpu import library
 
 
-def draw(logits: Tensor, how: Tensor, uniforms: Tensor, *, kept: Tensor | None = None) -> Tensor:
+class How(NamedTuple):
+    """How a row's token is found. temperature 0: the highest logit, the lowest id of equal ones."""
+
+    temperature: float
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    min_p: float = 0.0  # 0 = off
+
+
+def draw(logits: Tensor, how: Sequence[How], uniforms: Sequence[float], *, kept: Tensor | None = None) -> list[int]:
     """The tokens. kept: [rows, vocab] float32, gets e of the drawn rows, 0 where a filter removed it.
 
-    Raises ValueError when a tensor breaks the contract.
+    Raises ValueError when an argument breaks the contract.
     """
     if logits.device.type != "cpu":
         raise ValueError(f"sampling runs on: cpu; got a tensor on {logits.device}")
     if logits.dtype != torch.float32 or logits.dim() != 2 or (logits.shape[1] > 1 and logits.stride(1) != 1):
         raise ValueError(f"logits must be float32 [rows, vocab], got {logits.dtype} {list(logits.shape)}")
     rows, vocab = logits.shape
-    for name, tensor, shape in (("how", how, (rows, 4)), ("uniforms", uniforms, (rows,))):
-        if tensor.dtype != torch.float64 or tensor.shape != shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous float64 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
-            )
+    if len(how) != rows or len(uniforms) != rows:
+        raise ValueError(f"{rows} rows need as many of how and uniforms, got {len(how)} and {len(uniforms)}")
     if kept is not None and (kept.dtype != torch.float32 or kept.shape != logits.shape or not kept.is_contiguous()):
         raise ValueError(f"kept must be contiguous float32 [{rows}, {vocab}], got {kept.dtype} {list(kept.shape)}")
-    tokens = torch.empty(rows, dtype=torch.int64)
+    # arrays, not tensors: next to no time in a step whose weights have just thrown everything else out of the caches
+    settings, points = array("d", chain.from_iterable(how)), array("d", uniforms)
+    tokens = array("q", bytes(8 * rows))
     failed = library.call(
         "tandem_sample",
-        logits.data_ptr(), logits.stride(0), rows, vocab, how.data_ptr(), uniforms.data_ptr(), _scale(vocab),
-        tokens.data_ptr(), None if kept is None else kept.data_ptr(), torch.get_num_threads(),
+        logits.data_ptr(), logits.stride(0), rows, vocab, _address(settings), _address(points), _scale(vocab),
+        _address(tokens), None if kept is None else kept.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"a row of {vocab} logits has no memory to be sampled in")
-    return tokens
+    return tokens.tolist()
 
 
-def draw_reference(logits: Tensor, how: Tensor, uniforms: Tensor) -> list[int]:
+def draw_reference(logits: Tensor, how: Sequence[How], uniforms: Sequence[float]) -> list[int]:
     """The same in float64 and by sorting, row by row."""
-    rows = zip(logits.double(), how.tolist(), uniforms.tolist(), strict=True)
+    rows = zip(logits.double(), how, uniforms, strict=True)
     return [_draw_reference(row, settings, uniform) for row, settings, uniform in rows]
 
 
-def token_uniforms(seeds: Sequence[int], indices: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """One uniform number for each generated token: [rows] float64.
+def token_uniforms(seeds: Iterable[int], indices: Iterable[int], positions: Iterable[int]) -> list[float]:
+    """One uniform number for each generated token.
 
     key = the 64-bit seed, counter = (position among the generated tokens, sample index, 0, 0); the last two words are
     left for draws of another kind. The two first output words give the 53 bits, as in the Mersenne Twister's res53.
     """
-    out = torch.empty(len(seeds), dtype=torch.float64)
-    key = np.array(seeds, dtype=np.uint64)
-    index, position = np.array(indices, dtype=np.int64), np.array(positions, dtype=np.int64)
-    if not key.shape == index.shape == position.shape:
-        raise ValueError(f"{len(seeds)} seeds, {len(indices)} indices and {len(positions)} positions")
-    library.call(
-        "tandem_uniforms", key.ctypes.data, index.ctypes.data, position.ctypes.data, len(seeds), out.data_ptr()
-    )
-    return out
+    key, index, position = array("Q", seeds), array("q", indices), array("q", positions)
+    if not len(key) == len(index) == len(position):
+        raise ValueError(f"{len(key)} seeds, {len(index)} indices and {len(position)} positions")
+    out = array("d", bytes(8 * len(key)))
+    library.call("tandem_uniforms", _address(key), _address(index), _address(position), len(key), _address(out))
+    return out.tolist()
 
 
 def token_uniforms_reference(seed: int, index: int, position: int) -> float:
@@ -97,12 +103,16 @@ def philox4x32_reference(counter: Sequence[int], key: Sequence[int]) -> list[int
     return [c0, c1, c2, c3]
 
 
+def _address(numbers: array[int] | array[float]) -> int:
+    return numbers.buffer_info()[0]
+
+
 def _scale(vocab: int) -> float:
     """What makes integers of e, which is at most 1: a row of them adds up to less than 2^53."""
     return 2.0 ** min(48, 52 - vocab.bit_length())
 
 
-def _draw_reference(logits: Tensor, how: Sequence[float], uniform: float) -> int:
+def _draw_reference(logits: Tensor, how: How, uniform: float) -> int:
     temperature, top_k, top_p, min_p = how
     if not logits.max().isfinite():  # of a NaN the maximum is NaN
         return -1
@@ -111,7 +121,7 @@ def _draw_reference(logits: Tensor, how: Sequence[float], uniform: float) -> int
     scores = logits / temperature
     weights = ((scores - scores.max()).exp() * _scale(len(logits))).floor()
     if 0 < top_k < len(logits):
-        weights[scores < scores.sort(descending=True).values[int(top_k) - 1]] = 0
+        weights[scores < scores.sort(descending=True).values[top_k - 1]] = 0
     best = weights.sort(descending=True, stable=True)
     if top_p < 1:
         needed = weights.sum() - ((1 - top_p) * weights.sum()).floor()

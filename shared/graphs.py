@@ -87,7 +87,7 @@ class ReplayRunner:
             self._set(row, _PADDING)
         replay, logits = self._replays[bucket]
         replay()
-        return logits[: len(entries)]
+        return logits if len(entries) == bucket else logits[: len(entries)]
 
     def _set(self, row: int, entry: BatchEntry) -> None:
         position, blocks = entry.start_position, entry.block_table

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.sampling import draw, token_uniforms
+from kernels.sampling import How, draw, token_uniforms
 from shared.logprobs import InvalidLogits, token_logprobs
 from shared.penalties import SampleRow, edit_logits
 
@@ -33,7 +33,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     """
     if logits.shape[0] != len(rows) or logits.dtype != torch.float32:
         raise ValueError(f"{len(rows)} rows need float32 logits of as many rows, got {logits.dtype} {logits.shape}")
-    token_ids = draw(edit_logits(logits, rows), how_of(rows), _uniforms_of(rows)).tolist()
+    token_ids = draw(edit_logits(logits, rows), how_of(rows), _uniforms_of(rows))
     invalid = [i for i, token_id in enumerate(token_ids) if token_id < 0]
     if invalid:
         raise InvalidLogits(invalid)
@@ -56,15 +56,12 @@ def select_rows(logits: Tensor, indices: Sequence[int]) -> Tensor:
     return logits[torch.tensor(indices, device=logits.device)]
 
 
-def how_of(rows: Sequence[SampleRow]) -> Tensor:
+def how_of(rows: Sequence[SampleRow]) -> list[How]:
     """What `draw` is to do with each row."""
-    how = [(p.temperature, p.top_k, p.top_p, p.min_p) for p in (row.params for row in rows)]
-    return torch.tensor(how, dtype=torch.float64).view(-1, 4)
+    return [How(p.temperature, p.top_k, p.top_p, p.min_p) for p in (row.params for row in rows)]
 
 
-def _uniforms_of(rows: Sequence[SampleRow]) -> Tensor:
+def _uniforms_of(rows: Sequence[SampleRow]) -> Sequence[float]:
     if all(row.params.greedy for row in rows):
-        return torch.zeros(len(rows), dtype=torch.float64)
-    return token_uniforms(
-        [row.params.seed for row in rows], [row.index for row in rows], [row.position for row in rows]
-    )
+        return [0.0] * len(rows)
+    return token_uniforms((r.params.seed for r in rows), (r.index for r in rows), (r.position for r in rows))

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from kernels.sampling import (
+    How,
     draw,
     draw_reference,
     philox4x32_reference,
@@ -25,40 +26,32 @@ from kernels.sampling import (
     token_uniforms_reference,
 )
 
-How = tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
-
 
 def random_logits(rows: int, vocab_size: int, scale: float, seed: int = 0) -> Tensor:
     return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def how_of(*rows: How) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float64).view(-1, 4)
-
-
 def kept_of(logits: Tensor, *rows: How) -> Tensor:
     """What each row may draw, the most probable token being 1."""
     kept = torch.full(logits.shape, torch.nan)
-    draw(logits, how_of(*rows), torch.zeros(len(logits), dtype=torch.float64), kept=kept)
+    draw(logits, rows, [0.0] * len(logits), kept=kept)
     return kept
 
 
-def mixed(count: int) -> Tensor:
+def mixed(count: int) -> list[How]:
     chance = random.Random(5)
-    return how_of(
-        *(
-            (
-                chance.choice([0, 0.3, 0.7, 1, 1.8]),
-                chance.choice([0, 0, 1, 5, 50, 700]),
-                chance.choice([1, 1, 0.5, 0.9, 0.99]),
-                chance.choice([0, 0, 0.02, 0.3]),
-            )
-            for _ in range(count)
+    return [
+        How(
+            chance.choice([0, 0.3, 0.7, 1, 1.8]),
+            chance.choice([0, 0, 1, 5, 50, 700]),
+            chance.choice([1, 1, 0.5, 0.9, 0.99]),
+            chance.choice([0, 0, 0.02, 0.3]),
         )
-    )
+        for _ in range(count)
+    ]
 
 
-def some_uniforms(count: int) -> Tensor:
+def some_uniforms(count: int) -> list[float]:
     return token_uniforms(range(count), [0] * count, [0] * count)
 
 
@@ -102,7 +95,7 @@ FILTERS = pytest.mark.parametrize(
 @FILTERS
 @pytest.mark.parametrize(("temperature", "scale"), [(1.0, 3.0), (0.6, 1.0), (1.9, 0.3), (1.0, 0.01)])
 def test_keeps_what_hugging_face_keeps_with_its_probabilities(filters, temperature, scale):
-    logits, how = random_logits(6, 3001, scale), (temperature, *filters)
+    logits, how = random_logits(6, 3001, scale), How(temperature, *filters)
     expected = hugging_face(logits, how)
     kept = kept_of(logits, *[how] * 6)
     assert torch.equal(kept > 0, expected.isfinite())
@@ -112,7 +105,7 @@ def test_keeps_what_hugging_face_keeps_with_its_probabilities(filters, temperatu
 @FILTERS
 def test_with_ties_as_many_of_each_score_stay_as_in_hugging_face(filters):
     # Which of equal scores stay at a top-p cut is left to an unstable sort there, so the scores are compared, not ids.
-    logits, how = (random_logits(6, 700, 1.5) * 2).round() / 2, (1.0, *filters)
+    logits, how = (random_logits(6, 700, 1.5) * 2).round() / 2, How(1.0, *filters)
     expected = hugging_face(logits, how)
     for scores, kept, wanted in zip(logits, kept_of(logits, *[how] * 6), expected, strict=True):
         assert torch.equal(scores[kept > 0].sort().values, wanted[wanted.isfinite()].sort().values)
@@ -120,16 +113,16 @@ def test_with_ties_as_many_of_each_score_stay_as_in_hugging_face(filters):
 
 def test_the_lowest_ids_stay_of_equal_scores_at_the_cut():
     logits = torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0]])
-    assert kept_of(logits, (1, 0, 1e-20, 0)).nonzero()[:, 1].tolist() == [1]  # what greedy takes
-    assert kept_of(logits, (1, 0, 0.5, 0)).nonzero()[:, 1].tolist() == [1, 3, 4]
-    assert kept_of(logits, (1, 2, 1, 0)).nonzero()[:, 1].tolist() == [1, 3, 4, 6]  # top-k keeps ties
-    assert kept_of(torch.tensor([[-0.0, 0.0, -1.0]]), (1, 1, 1, 0)).nonzero()[:, 1].tolist() == [0, 1]
+    assert kept_of(logits, How(1, 0, 1e-20, 0)).nonzero()[:, 1].tolist() == [1]  # what greedy takes
+    assert kept_of(logits, How(1, 0, 0.5, 0)).nonzero()[:, 1].tolist() == [1, 3, 4]
+    assert kept_of(logits, How(1, 2, 1, 0)).nonzero()[:, 1].tolist() == [1, 3, 4, 6]  # top-k keeps ties
+    assert kept_of(torch.tensor([[-0.0, 0.0, -1.0]]), How(1, 1, 1, 0)).nonzero()[:, 1].tolist() == [0, 1]
 
 
 def test_a_mass_of_exactly_p_is_enough():
     logits = torch.zeros(1, 4)
-    assert kept_of(logits, (1, 0, 0.5, 0)).nonzero()[:, 1].tolist() == [0, 1]
-    assert hugging_face(logits, (1, 0, 0.5, 0)).isfinite().sum() == 2
+    assert kept_of(logits, How(1, 0, 0.5, 0)).nonzero()[:, 1].tolist() == [0, 1]
+    assert hugging_face(logits, How(1, 0, 0.5, 0)).isfinite().sum() == 2
 
 
 def exact(scores: list[float], e: list[float], how: How) -> set[int]:
@@ -155,7 +148,8 @@ def exact(scores: list[float], e: list[float], how: How) -> set[int]:
 
 row_strategy = st.tuples(
     st.lists(st.integers(-60, 60).map(lambda x: x / 8), min_size=40, max_size=40),
-    st.tuples(
+    st.builds(
+        How,
         st.just(1.0),
         st.sampled_from([0, 1, 2, 7, 30, 40, 90]),
         st.sampled_from([1e-12, 0.1, 0.5, 0.9, 0.999999, 1.0]) | st.floats(0.001, 1),
@@ -168,7 +162,7 @@ row_strategy = st.tuples(
 @given(st.lists(row_strategy, min_size=1, max_size=6))
 def test_mixed_rows_equal_the_definition(rows):
     scores = torch.tensor([scores for scores, _ in rows])
-    e = kept_of(scores, *[(1.0, 0, 1.0, 0.0)] * len(rows))  # no filter
+    e = kept_of(scores, *[How(1.0)] * len(rows))  # no filter
     expected = [exact(scores[i].tolist(), e[i].tolist(), how) for i, (_, how) in enumerate(rows)]
     kept = kept_of(scores, *(how for _, how in rows))
     assert [set(row.nonzero().flatten().tolist()) for row in kept] == expected
@@ -182,20 +176,20 @@ def test_mixed_rows_equal_the_definition(rows):
 @pytest.mark.parametrize("scale", [0.0, 0.01, 4.0])
 def test_matches_the_reference(vocab_size, scale):
     logits, how, uniforms = random_logits(40, vocab_size, scale, seed=vocab_size), mixed(40), some_uniforms(40)
-    assert draw(logits, how, uniforms).tolist() == draw_reference(logits, how, uniforms)
+    assert draw(logits, how, uniforms) == draw_reference(logits, how, uniforms)
 
 
 @pytest.mark.parametrize(("uniform", "token_id"), [(0.0, 1), (0.25 - 2**-53, 1), (0.25, 2), (1 - 2**-53, 5)])
 def test_a_token_owns_the_uniforms_from_its_lower_edge_on(uniform, token_id):
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, 0.0, -torch.inf, 0.0, -torch.inf]])
-    assert draw(logits, how_of((1, 0, 1, 0)), torch.tensor([uniform], dtype=torch.float64)).tolist() == [token_id]
+    assert draw(logits, [How(1)], [uniform]) == [token_id]
 
 
 def test_the_last_uniform_takes_the_last_token_of_a_large_even_vocabulary():
-    logits, last = torch.zeros(1, 2**18 - 1), torch.tensor([1 - 2**-53], dtype=torch.float64)
-    for how in ((1, 0, 1, 0), (1, 0, 0.5, 0), (1, 5, 1, 0)):
+    logits = torch.zeros(1, 2**18 - 1)
+    for how in (How(1), How(1, top_p=0.5), How(1, top_k=5)):
         kept = kept_of(logits, how)
-        assert draw(logits, how_of(how), last).item() == kept.nonzero()[-1, 1]
+        assert draw(logits, [how], [1 - 2**-53])[0] == kept.nonzero()[-1, 1]
 
 
 def test_a_row_has_the_same_token_alone_among_neighbours_and_with_any_threads():
@@ -205,33 +199,33 @@ def test_a_row_has_the_same_token_alone_among_neighbours_and_with_any_threads():
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            assert torch.equal(draw(logits, how, uniforms), together)
+            assert draw(logits, how, uniforms) == together
             alone = [draw(logits[i : i + 1], how[i : i + 1], uniforms[i : i + 1]) for i in range(33)]
-            assert torch.equal(torch.cat(alone), together)
+            assert [token for tokens in alone for token in tokens] == together
     finally:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("how", [(0, 0, 1, 0), (1, 0, 1, 0), (0.7, 3, 0.5, 0.1)], ids=str)
+@pytest.mark.parametrize("how", [How(0), How(1), How(0.7, 3, 0.5, 0.1)], ids=str)
 @pytest.mark.parametrize("vocab_size", [3, 16, 40, 49_152])
 def test_rows_without_a_distribution_have_no_token(how, vocab_size):
     logits = random_logits(6, vocab_size, 4.0)
     logits[1, -1], logits[2], logits[3, 0], logits[5, 0] = torch.nan, -torch.inf, torch.inf, torch.nan
-    tokens = draw(logits, how_of(*[how] * 6), some_uniforms(6))
-    assert (tokens < 0).tolist() == [False, True, True, True, False, True]
+    tokens = draw(logits, [how] * 6, some_uniforms(6))
+    assert [token < 0 for token in tokens] == [False, True, True, True, False, True]
 
 
 def test_broken_contracts_are_refused():
-    logits, how, uniforms = torch.zeros(2, 5), how_of((1, 0, 1, 0), (1, 0, 1, 0)), some_uniforms(2)
-    assert draw(logits[:0], how[:0], uniforms[:0]).shape == (0,)
+    logits, how, uniforms = torch.zeros(2, 5), [How(1)] * 2, some_uniforms(2)
+    assert draw(logits[:0], [], []) == []
     with pytest.raises(ValueError, match="logits must be float32"):
         draw(logits.bfloat16(), how, uniforms)
     with pytest.raises(ValueError, match="logits must be float32"):
         draw(torch.zeros(5, 2).T, how, uniforms)
-    with pytest.raises(ValueError, match="how must be"):
+    with pytest.raises(ValueError, match="2 rows need as many of how and uniforms, got 1 and 2"):
         draw(logits, how[:1], uniforms)
-    with pytest.raises(ValueError, match="uniforms must be"):
-        draw(logits, how, uniforms.float())
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        draw(logits, how, uniforms[:1])
     with pytest.raises(ValueError, match="kept must be"):
         draw(logits, how, uniforms, kept=torch.zeros(2, 4))
     with pytest.raises(ValueError, match="runs on: cpu"):
@@ -274,7 +268,7 @@ words32 = st.integers(0, 2**32 - 1)
 def test_uniforms_are_those_of_the_reference(rows):
     expected = [token_uniforms_reference(*row) for row in rows]
     assert all(0 <= uniform < 1 for uniform in expected)
-    assert token_uniforms([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]).tolist() == expected
+    assert token_uniforms([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]) == expected
 
 
 def test_uniforms_need_as_many_of_each():

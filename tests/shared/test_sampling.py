@@ -146,7 +146,7 @@ def test_every_step_of_hugging_face_generate_has_our_distribution_and_our_logpro
     for step, (scores, logits) in enumerate(zip(made.scores, made.logits, strict=True)):
         row = SampleRow.from_tokens(replace(params, logprobs=3), tokens[: len(prompt) + step], len(prompt), 0, EOS)
         probs = torch.empty_like(logits)
-        draw(edit_logits(logits, [row]), how_of([row]), torch.zeros(1, dtype=torch.float64), kept=probs)
+        draw(edit_logits(logits, [row]), how_of([row]), [0.0], kept=probs)
         assert torch.equal(probs > 0, scores.isfinite())
         torch.testing.assert_close(probs / probs.sum(), scores.softmax(dim=-1), rtol=1e-5, atol=1e-9)
         (drawn,) = sample(logits, [row])
