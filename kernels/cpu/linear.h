@@ -26,7 +26,7 @@ enum {
     BLOCK = 256,        /* input features summed from zero, at most */
     STRIP = 240,        /* rows of a chunk, where there are more than a few */
     WORD = 8,           /* input features of a word of INT4 */
-    AHEAD_BYTES = 2048, /* how far ahead of its use a weight is fetched */
+    AHEAD_BYTES = 6144, /* how far ahead of its use a weight is fetched */
 };
 
 typedef struct {

@@ -69,7 +69,7 @@ INLINE void pair_of(const char *w, int i, Bits pair[2], int dtype) {
 }
 
 /* `rows` rows times `pairs` pairs of a block: x[r * row_stride + k * pair_stride] is a pair of row r. `ahead` bytes on, the
- * weight is fetched. */
+ * weight is fetched, into the second cache: the first waits for too few lines at once. */
 INLINE void tile(
     int rows, int64_t pairs, const int32_t *x, int64_t row_stride, int64_t pair_stride, const char *w, int64_t ahead,
     float *total, const Fold *fold, int64_t row, int dtype, int integers
@@ -80,8 +80,8 @@ INLINE void tile(
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = vf_set1(0.0f);
     for (int64_t k = 0; k < pairs; k += step) {
         const char *here = w + k * pair_bytes(dtype);
-        __builtin_prefetch(here + ahead);
-        if (dtype != INT8) __builtin_prefetch(here + ahead + 64);
+        __builtin_prefetch(here + ahead, 0, 2);
+        if (dtype != INT8) __builtin_prefetch(here + ahead + 64, 0, 2);
 #pragma GCC unroll 4
         for (int n = 0; n < step; n++) {
             if (dtype == INT4 && k + n >= pairs) break;
