@@ -24,7 +24,7 @@ One row reads the whole weight and computes little with it, so half the bytes ar
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,6 +66,31 @@ class Quantization:
             raise ValueError(f"group must be a multiple of {_WORD} input features, got {self.group}")
 
 
+@dataclass(frozen=True)
+class Integers:
+    """A weight that is quantized already: scale * values + offset. Raises ValueError for parts that do not fit."""
+
+    bits: Literal[8, 4]
+    values: Tensor  # int8 [out, in]; of 4 bits from -8 to 7
+    scale: Tensor  # float32 [out, groups]
+    offset: Tensor | None = None  # float32 [out, groups]
+
+    def __post_init__(self) -> None:
+        parts = (self.scale, *(() if self.offset is None else (self.offset,)))
+        groups = self.scale.shape[-1]
+        if self.values.dtype != torch.int8 or self.values.dim() != 2 or not groups or self.values.shape[1] % groups:
+            raise ValueError(f"values must be int8 [out, in] in {groups} groups, got {list(self.values.shape)}")
+        if any(part.dtype != torch.float32 or part.shape != (len(self.values), groups) for part in parts):
+            raise ValueError(f"scale and offset must be float32 [{len(self.values)}, {groups}]")
+
+    @property
+    def quantization(self) -> Quantization:
+        """How it was made: what another weight must have been to be joined to it."""
+        groups = self.scale.shape[1]
+        group = None if groups == 1 else self.values.shape[1] // groups
+        return Quantization(self.bits, group, self.offset is None)
+
+
 class LinearWeight:
     """A weight [out, in] with its bias, packed for the CPU. The packed copy replaces the original, which may be freed.
 
@@ -82,22 +107,36 @@ class LinearWeight:
             raise ValueError(f"weight must be float32 or bfloat16 [out, in], got {weight.dtype} {list(weight.shape)}")
         if bias is not None and (bias.dtype != weight.dtype or bias.shape != weight.shape[:1]):
             raise ValueError(f"bias must be {weight.dtype} [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}")
-        self.dtype = weight.dtype
-        self.out_features, self.in_features = weight.shape
-        self.bias = None if bias is None else bias.detach().contiguous()
-        self.quantization = quantization
-        self.scale = self.offset = None  # [ceil(out / 32), groups, 32]
-        self.group = (quantization and quantization.group) or self.in_features  # input features that share a scale
-        if self.in_features % self.group:
-            raise ValueError(f"{self.in_features} input features cannot be cut into groups of {self.group}")
-        self._pairs = has_pairs(weight.dtype)
+        group = (quantization and quantization.group) or weight.shape[1]
+        if weight.shape[1] % group:
+            raise ValueError(f"{weight.shape[1]} input features cannot be cut into groups of {group}")
         if quantization is not None:
-            integers, scale, offset = _quantize(weight.detach(), self.group, quantization)
-            self.packed = self._pack(integers)
-            self.scale = _pack_panels(scale)
-            self.offset = None if offset is None else _pack_panels(offset)
-        else:
-            self.packed = self._pack(weight.detach())
+            self._take_integers(_quantize(weight.detach(), group, quantization), bias, weight.dtype)
+            return
+        self._take_shape(weight.shape, weight.dtype, None)
+        self.packed = self._pack(weight.detach())
+        self.scale = self.offset = None  # [ceil(out / 32), groups, 32]
+        self.bias = None if bias is None else bias.detach().contiguous()
+
+    @classmethod
+    def of_integers(cls, integers: Integers, bias: Tensor | None, dtype: torch.dtype) -> LinearWeight:
+        """A weight that comes quantized. dtype: of x, and of bias."""
+        weight = cls.__new__(cls)
+        weight._take_integers(integers, bias, dtype)
+        return weight
+
+    def _take_integers(self, integers: Integers, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self._take_shape(integers.values.shape, dtype, integers.quantization)
+        self.packed = self._pack(integers.values)
+        self.scale = _pack_panels(integers.scale)
+        self.offset = None if integers.offset is None else _pack_panels(integers.offset)
+        self.bias = None if bias is None else bias.detach().contiguous()
+
+    def _take_shape(self, shape: Sequence[int], dtype: torch.dtype, quantization: Quantization | None) -> None:
+        self.dtype, self.quantization = dtype, quantization
+        self.out_features, self.in_features = shape
+        self.group = (quantization and quantization.group) or self.in_features  # input features that share a scale
+        self._pairs = has_pairs(dtype)
 
     @property
     def description(self) -> str:
@@ -114,23 +153,19 @@ class LinearWeight:
         return {field: tensor for field, tensor in fields.items() if tensor is not None}
 
     @classmethod
-    def from_tensors(
-        cls,
-        tensors: Mapping[str, Tensor],
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        quantization: Quantization | None,
-    ) -> LinearWeight:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> LinearWeight:
         """The weight that `tensors` came from, over the same memory. Raises KeyError if it came from none.
 
-        shape: [out, in]; dtype and quantization as it had them.
+        shape: [out, in]; dtype: as it had it.
         """
         weight = cls.__new__(cls)
         weight.packed = tensors["packed"]
         weight.scale, weight.offset, weight.bias = (tensors.get(field) for field in cls.FIELDS[1:])
-        weight.dtype, weight.quantization, weight._pairs = dtype, quantization, has_pairs(dtype)
-        weight.out_features, weight.in_features = shape
-        weight.group = (quantization and quantization.group) or weight.in_features
+        quantization = None
+        if weight.scale is not None:
+            group = None if weight.scale.shape[1] == 1 else shape[1] // weight.scale.shape[1]
+            quantization = Quantization(4 if weight.packed.dtype == torch.int32 else 8, group, weight.offset is None)
+        weight._take_shape(shape, dtype, quantization)
         return weight
 
     @property
@@ -255,8 +290,8 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _quantize(weight: Tensor, group: int, quantization: Quantization) -> tuple[Tensor, Tensor, Tensor | None]:
-    """[out, in] -> int8 [out, in], float32 scale [out, in / group], offset of that shape or None.
+def _quantize(weight: Tensor, group: int, quantization: Quantization) -> Integers:
+    """[out, in] as integers.
 
     Integers lie around zero, with an offset to match, so that sums of them stay small; int8 goes without -128.
     """
@@ -278,7 +313,7 @@ def _quantize(weight: Tensor, group: int, quantization: Quantization) -> tuple[T
         # of the numbers that are kept; a group without a scale is zeros, or its offset
         groups /= torch.where(scale[rows] > 0, scale[rows], torch.inf)[:, :, None]
         integers[rows] = groups.round_().clamp_(bottom, top).flatten(1)
-    return integers, scale, offset
+    return Integers(quantization.bits, integers, scale, offset)
 
 
 def _words(integers: Tensor, shifts: Tensor) -> Tensor:

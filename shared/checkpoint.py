@@ -4,15 +4,16 @@ Files are mapped, so a parameter takes memory only from `tensor(name)` until the
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kernels.linear import Integers
 from shared.gguf_header import GgufError, GgufTensor, read_gguf_header
 from shared.model_files import ModelError, ModelFiles
 
@@ -22,11 +23,17 @@ class CheckpointError(ModelError):
 
 
 class Checkpoint(Protocol):
-    """Parameters by name. `tensor` gives the stored shape and dtype (GGUF: float32), and KeyError for a wrong name."""
+    """Parameters by name; KeyError for a wrong one."""
 
     def names(self) -> set[str]: ...
 
-    def tensor(self, name: str) -> Tensor: ...
+    def tensor(self, name: str) -> Tensor:
+        """In the stored shape and dtype; GGUF: float32."""
+        ...
+
+    def integers(self, name: str) -> Integers | None:
+        """As it is stored, if it is stored as integers that the linears take."""
+        ...
 
 
 def open_checkpoint(files: ModelFiles, *, allow_pickle: bool = False) -> Checkpoint:
@@ -75,6 +82,9 @@ class SafetensorsCheckpoint:
     def tensor(self, name: str) -> Tensor:
         return self._shard_of[name].get_tensor(name)
 
+    def integers(self, name: str) -> None:
+        return None
+
 
 class PickleCheckpoint:
     """Files of torch.save, read with `weights_only=True`: tensors and plain containers, no code."""
@@ -96,6 +106,9 @@ class PickleCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def integers(self, name: str) -> None:
+        return None
 
 
 # GGUF's names and Hugging Face's, for the families served.
@@ -121,7 +134,7 @@ _GGUF_IGNORED = {"rope_freqs.weight"}
 
 
 class GgufCheckpoint:
-    """A GGUF file, each tensor dequantised to float32 when asked for."""
+    """A GGUF file, each tensor dequantised to float32 when asked for, or as the integers of its blocks."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -142,35 +155,105 @@ class GgufCheckpoint:
         return set(self._tensors)
 
     def tensor(self, name: str) -> Tensor:
-        values = self._dequantised(self._tensors[name])
+        tensor = self._tensors[name]
+        return torch.from_numpy(self._ordered(name, self._dequantised(tensor).reshape(tensor.shape)))
+
+    def integers(self, name: str) -> Integers | None:
+        tensor = self._tensors[name]
+        read = _BLOCKS.get(tensor.type_id)
+        if read is None or len(tensor.shape) != 2 or tensor.shape[1] % _BLOCK:
+            return None
+        bits, values, scale, offset = read(self._blocks(tensor, *_block_size(tensor)))
+
+        def rows(part: np.ndarray) -> Tensor:
+            return torch.from_numpy(self._ordered(name, part.reshape(tensor.shape[0], -1)))
+
+        return Integers(bits, rows(values), rows(scale), None if offset is None else rows(offset))
+
+    def _ordered(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Rows in Hugging Face's order."""
         for projection, num_heads in self._heads.items():
             if f".{projection}." in name:
-                pairs = values.reshape(num_heads, len(values) // num_heads // 2, 2, -1)
-                values = pairs.swapaxes(1, 2).reshape(values.shape)
-        return torch.from_numpy(values)
+                pairs = rows.reshape(num_heads, len(rows) // num_heads // 2, 2, -1)
+                rows = pairs.swapaxes(1, 2).reshape(rows.shape)
+        return rows
+
+    def _blocks(self, tensor: GgufTensor, elements_per_block: int, bytes_per_block: int) -> np.ndarray:
+        """The bytes of a tensor's blocks, [blocks, bytes of a block]. CheckpointError if the file ends before them."""
+        num_bytes = tensor.num_elements // elements_per_block * bytes_per_block
+        raw = self._data[tensor.offset : tensor.offset + num_bytes]
+        if raw.nbytes < num_bytes:
+            raise CheckpointError(f"{tensor.name} lies beyond the end of the GGUF file, which is cut short")
+        return raw.reshape(-1, bytes_per_block)
 
     def _dequantised(self, tensor: GgufTensor) -> np.ndarray:
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+        from gguf import GGMLQuantizationType, dequantize
 
-        try:
-            kind = GGMLQuantizationType(tensor.type_id)
-            elements_per_block, bytes_per_block = GGML_QUANT_SIZES[kind]
-            num_blocks = tensor.num_elements // elements_per_block
-            raw = self._data[tensor.offset : tensor.offset + num_blocks * bytes_per_block]
-            if raw.nbytes < num_blocks * bytes_per_block:
-                raise CheckpointError(f"{tensor.name} lies beyond the end of the GGUF file, which is cut short")
-            # The package works on 16 rows at a time, which is slow; blocks do not care which row they are in.
-            step = max(1, _DEQUANTISE_ELEMENTS // elements_per_block) * bytes_per_block
-            values = np.empty(tensor.num_elements, dtype=np.float32)
-            for start in range(0, raw.nbytes, step):
-                part = dequantize(raw[start : start + step].reshape(1, -1), kind)
-                first = start // bytes_per_block * elements_per_block
-                values[first : first + part.size] = part[0]
-        except (ValueError, KeyError, NotImplementedError) as error:
-            raise CheckpointError(
-                f"{tensor.name} has GGUF type {tensor.type_id}, which the gguf package cannot dequantise"
-            ) from error
-        return values.reshape(tensor.shape)
+        elements_per_block, bytes_per_block = _block_size(tensor)
+        blocks = self._blocks(tensor, elements_per_block, bytes_per_block)
+        # The package works on 16 rows at a time, which is slow; blocks do not care which row they are in.
+        step = max(1, _DEQUANTISE_ELEMENTS // elements_per_block)
+        values = np.empty(tensor.num_elements, dtype=np.float32)
+        for start in range(0, len(blocks), step):
+            try:
+                part = dequantize(blocks[start : start + step].reshape(1, -1), GGMLQuantizationType(tensor.type_id))
+            except (ValueError, NotImplementedError) as error:
+                raise _unknown_type(tensor) from error
+            first = start * elements_per_block
+            values[first : first + part.size] = part[0]
+        return values
+
+
+def _block_size(tensor: GgufTensor) -> tuple[int, int]:
+    """Elements and bytes of a block."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        return GGML_QUANT_SIZES[GGMLQuantizationType(tensor.type_id)]
+    except (ValueError, KeyError) as error:
+        raise _unknown_type(tensor) from error
+
+
+def _unknown_type(tensor: GgufTensor) -> CheckpointError:
+    return CheckpointError(f"{tensor.name} has GGUF type {tensor.type_id}, which the gguf package cannot dequantise")
+
+
+# Blocks of 32: half-precision numbers, then the integers; of 4 bits, the first 16 in the lower halves of 16 bytes.
+# https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
+_BLOCK = 32
+_Parts = tuple[Literal[8, 4], np.ndarray, np.ndarray, np.ndarray | None]
+
+
+def _halves(blocks: np.ndarray, count: int) -> np.ndarray:
+    """The half-precision numbers at the beginning of each block, as float32 [blocks, count]."""
+    return np.ascontiguousarray(blocks[:, : 2 * count]).view("<f2").astype(np.float32)
+
+
+def _nibbles(blocks: np.ndarray, first: int) -> np.ndarray:
+    """Integers of 4 bits, less 8: int8 [blocks, 32]."""
+    packed = blocks[:, first:]
+    return np.concatenate((packed & 15, packed >> 4), axis=1).astype(np.int8) - 8
+
+
+def _read_q4_0(blocks: np.ndarray) -> _Parts:
+    """d * (q - 8)"""
+    scale = _halves(blocks, 1)
+    return 4, _nibbles(blocks, 2), scale, np.zeros_like(scale)
+
+
+def _read_q4_1(blocks: np.ndarray) -> _Parts:
+    """d * q + m"""
+    numbers = _halves(blocks, 2)
+    scale, least = np.ascontiguousarray(numbers[:, 0]), numbers[:, 1]
+    return 4, _nibbles(blocks, 4), scale, least + 8 * scale
+
+
+def _read_q8_0(blocks: np.ndarray) -> _Parts:
+    """d * q"""
+    return 8, np.ascontiguousarray(blocks[:, 2:]).view(np.int8), _halves(blocks, 1), None
+
+
+_BLOCKS: dict[int, Callable[[np.ndarray], _Parts]] = {2: _read_q4_0, 3: _read_q4_1, 8: _read_q8_0}
 
 
 def _renamed(tensors: dict[str, GgufTensor]) -> Iterator[tuple[str, GgufTensor]]:

@@ -108,7 +108,7 @@ class DecodeConfig(Section):
         default=True, description="keep the blocks of finished requests for prompts that begin alike"
     )
     max_pause_s: float = Field(
-        default=0.04,
+        default=0.1,
         ge=0,
         description="how long a step waits at most for prompts that prefill workers compute on the same cores, seconds",
     )

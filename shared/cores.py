@@ -118,11 +118,11 @@ class Cores:
     def pause_s(self, step_s: float, streams: int, max_s: float) -> float:
         """How long the cores are others' after a step of so many streams, at most `max_s`.
 
-        As long as the step times prompts / streams while the prompts are more, so that a few streams do not hold up the
-        many that wait to become part of their batch; times its square while they are less.
+        Four times the step for as many prompts as streams, more for more, so that a few streams do not hold up the many
+        that wait to become part of their batch; with the cube of prompts / streams while the prompts are fewer.
         """
         ratio = (sum(self._board.prompts) - self.prompts) / streams
-        return min(step_s * ratio * min(ratio, 1.0), max_s)
+        return min(4 * step_s * ratio * min(ratio, 1.0) ** 2, max_s)
 
     def leave(self) -> None:
         """Gives the place up; the last to leave removes the file."""

@@ -154,7 +154,7 @@ def _load_weights(plan: EnginePlan) -> DecoderWeights:
     else:
         parts = (plan.layout.model_digest, plan.layout.dtype, packing_of(plan.quantization, dtype))
         tensors = share_packed(parts, lambda: load().tensors())
-        weights = DecoderWeights.from_tensors(plan.architecture, tensors, plan.quantization)
+        weights = DecoderWeights.from_tensors(plan.architecture, tensors)
     weights.probe()
     return weights
 

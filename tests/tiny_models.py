@@ -145,8 +145,9 @@ def write_gguf(
     rope_theta: float = 10_000.0,
     rope_scaling: tuple[gguf.RopeScalingType, float, int] | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
+    matrices: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0,
 ) -> None:
-    """A llama kind as llama.cpp's converter writes it: q and k rows permuted, matrices in Q8_0.
+    """A llama kind as llama.cpp's converter writes it: q and k rows permuted.
 
     `rope_scaling`: type, factor and original context. `extra`: further tensors.
     """
@@ -179,7 +180,7 @@ def write_gguf(
             if projection in name:
                 pairs = values.reshape(num_heads, 2, values.shape[0] // num_heads // 2, *values.shape[1:])
                 values = pairs.swapaxes(1, 2).reshape(values.shape)
-        stored_as = gguf.GGMLQuantizationType.Q8_0 if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        stored_as = matrices if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None
         writer.add_tensor(gguf_name, gguf.quantize(np.ascontiguousarray(values), stored_as), raw_dtype=stored_as)

@@ -1,13 +1,13 @@
 """The parameters of a decoder, taken from a checkpoint by the family's name table and packed for the ops."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from kernels.linear import LinearWeight, Quantization, packing, probe_row_invariance
+from kernels.linear import Integers, LinearWeight, Quantization, packing, probe_row_invariance
 from shared.checkpoint import Checkpoint, CheckpointError, check_names
 from shared.config import QuantizationMode
 from shared.models.architecture import Architecture
@@ -58,20 +58,17 @@ class DecoderWeights:
         return tensors
 
     @classmethod
-    def from_tensors(
-        cls, architecture: Architecture, tensors: Mapping[str, Tensor], quantization: QuantizationMode = "none"
-    ) -> "DecoderWeights":
-        """What gave these tensors, over the same memory. quantization: what they were loaded with."""
+    def from_tensors(cls, architecture: Architecture, tensors: Mapping[str, Tensor]) -> "DecoderWeights":
+        """What gave these tensors, over the same memory."""
         shapes, dtype = _shapes(architecture), tensors["embedding"].dtype
 
-        def linear(name: str, shape: tuple[int, ...], how: Quantization | None) -> LinearWeight:
+        def linear(name: str, shape: tuple[int, ...]) -> LinearWeight:
             found = {field: tensors.get(f"{name}.{field}") for field in LinearWeight.FIELDS}
             parts = {field: tensor for field, tensor in found.items() if tensor is not None}
-            return LinearWeight.from_tensors(parts, shape, dtype, how)
+            return LinearWeight.from_tensors(parts, shape, dtype)
 
         def of_layer(index: int, name: str) -> LinearWeight:
-            shape = shapes[f"{name}.weight"]
-            return linear(f"layers.{index}.{name}", shape, _quantization(quantization, shape[1]))
+            return linear(f"layers.{index}.{name}", shapes[f"{name}.weight"])
 
         def layer(index: int) -> LayerWeights:
             name = f"layers.{index}"
@@ -90,7 +87,7 @@ class DecoderWeights:
             embedding=tensors["embedding"],
             layers=tuple(layer(index) for index in range(architecture.num_layers)),
             final_norm=tensors["final_norm"],
-            lm_head=linear("lm_head", shapes["embedding"], _lm_head_quantization(quantization)),
+            lm_head=linear("lm_head", shapes["embedding"]),
         )
 
     def _parts(self) -> dict[str, Tensor | LinearWeight]:
@@ -140,7 +137,14 @@ class _Loader:
             embedding=embedding,
             layers=tuple(self._layer(layer) for layer in range(self.architecture.num_layers)),
             final_norm=self._tensor("final_norm"),
-            lm_head=self._lm_head(embedding if self.architecture.tie_embeddings else self._tensor("lm_head")),
+            # a tied embedding stays as it is for lookups, which read a row of it and not all
+            lm_head=self._packed(
+                "embedding" if self.architecture.tie_embeddings else "lm_head",
+                0,
+                None,
+                _lm_head_quantization(self.quantization),
+                embedding if self.architecture.tie_embeddings else None,
+            ),
         )
 
     def _expected(self) -> set[str]:
@@ -166,27 +170,53 @@ class _Loader:
 
     def _linear(self, ours: str, layer: int) -> LinearWeight:
         bias = self._tensor(f"{ours}.bias", layer) if f"{ours}.bias" in self.shapes else None
-        weight = self._tensor(f"{ours}.weight", layer)
-        return LinearWeight(weight, bias, _quantization(self.quantization, weight.shape[1]))
+        how = _quantization(self.quantization, self.shapes[f"{ours}.weight"][1])
+        return self._packed(f"{ours}.weight", layer, bias, how)
 
-    def _lm_head(self, weight: Tensor) -> LinearWeight:
-        # A tied embedding stays as it is for lookups, which read a row of it and not all.
-        return LinearWeight(weight, None, _lm_head_quantization(self.quantization))
+    def _packed(
+        self, ours: str, layer: int, bias: Tensor | None, how: Quantization | None, tensor: Tensor | None = None
+    ) -> LinearWeight:
+        """Of the file's own integers where they have the bits that are wanted. tensor: if it was read before."""
+        integers = None if how is None else self._integers(ours, layer, how.bits)
+        if integers is not None:
+            return LinearWeight.of_integers(integers, bias, self.dtype)
+        return LinearWeight(self._tensor(ours, layer) if tensor is None else tensor, bias, how)
+
+    def _integers(self, ours: str, layer: int, bits: int) -> Integers | None:
+        """None where one of the parts is stored otherwise than wanted, or than the others."""
+        names = [name.format(layer=layer) for name in self.names[ours]]
+        parts = [part for name in names if (part := self.checkpoint.integers(name)) is not None]
+        if len(parts) < len(names) or any(part.quantization != parts[0].quantization for part in parts):
+            return None
+        if parts[0].bits != bits or any(part.values.shape[1] != parts[0].values.shape[1] for part in parts):
+            return None
+        offsets = [part.offset for part in parts if part.offset is not None]
+        joined = Integers(
+            parts[0].bits,
+            torch.cat([part.values for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat(offsets) if offsets else None,
+        )
+        self._check_shape(names, joined.values.shape, ours)
+        return joined
 
     def _tensor(self, ours: str, layer: int = 0) -> Tensor:
         names = [name.format(layer=layer) for name in self.names[ours]]
         parts = [self.checkpoint.tensor(name).to(device=self.device, dtype=self.dtype) for name in names]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if tensor.shape != self.shapes[ours]:
-            raise CheckpointError(
-                f"{' + '.join(names)}: rows and columns {list(tensor.shape)}, but config.json says {self.shapes[ours]}"
-            )
+        self._check_shape(names, tensor.shape, ours)
         return tensor.contiguous()
+
+    def _check_shape(self, names: Sequence[str], shape: Sequence[int], ours: str) -> None:
+        if tuple(shape) != self.shapes[ours]:
+            raise CheckpointError(
+                f"{' + '.join(names)}: rows and columns {list(shape)}, but config.json says {self.shapes[ours]}"
+            )
 
 
 def packing_of(mode: QuantizationMode, dtype: torch.dtype) -> str:
     """How the weights of a mode are packed: another text for another form."""
-    return repr((_quantization(mode, 1 << 16), _lm_head_quantization(mode), packing(dtype)))
+    return repr((_quantization(mode, 1 << 16), _lm_head_quantization(mode), packing(dtype), "the file's own integers"))
 
 
 def _lm_head_quantization(mode: QuantizationMode) -> Quantization | None:

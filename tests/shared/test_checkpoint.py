@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf import RopeScalingType
+from gguf import GGMLQuantizationType, RopeScalingType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kernels.linear import Quantization
 from shared.checkpoint import CheckpointError, GgufCheckpoint, PickleCheckpoint, check_names, open_checkpoint
 from shared.gguf_header import GgufError, read_gguf_header
 from shared.model_convert import ConversionError, convert_gguf, convert_tokenizer
 from shared.model_files import ModelFiles, Weights, find_weights
 from shared.models.architecture import Rope
 from shared.models.rope import inverse_frequencies
+from shared.models.weights import load_weights
+from shared.policies.table import architecture_of
 from tests.shared.test_model_store import sharded
 from tests.tiny_models import gguf_state_dict, tiny_gguf, tiny_model, tiny_tokenizer, write_gguf
 
@@ -88,6 +91,40 @@ def test_gguf_equals_transformers() -> None:
     original = load_file(tiny_model("llama") / "model.safetensors")
     name = "model.layers.1.self_attn.q_proj.weight"
     assert torch.allclose(ours.tensor(name), original[name], atol=0.01), "Q8_0 is near, so rows are in their places"
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("Q4_0", 4), ("Q4_1", 4), ("Q8_0", 8)])
+def test_integers_of_gguf_stand_for_its_numbers(kind: str, bits: int, tmp_path: Path) -> None:
+    path = tmp_path / "quantized.gguf"
+    write_gguf(path, "llama", matrices=GGMLQuantizationType[kind])
+    checkpoint = GgufCheckpoint(path)
+    matrices = [name for name in checkpoint.names() if checkpoint.tensor(name).dim() == 2]
+    assert len(matrices) > 14
+    for name in matrices:
+        integers = checkpoint.integers(name)
+        assert integers is not None
+        assert integers.bits == bits
+        values = integers.values.double().unflatten(1, (-1, 32)) * integers.scale[:, :, None]
+        if integers.offset is not None:
+            values += integers.offset[:, :, None]
+        torch.testing.assert_close(values.flatten(1).float(), checkpoint.tensor(name), rtol=0, atol=1e-7)
+    assert checkpoint.integers("model.norm.weight") is None
+
+
+def test_a_quantized_model_takes_the_integers_of_its_file(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = folder / "quantized.gguf"
+    write_gguf(path, "llama", matrices=GGMLQuantizationType.Q4_1)
+    convert_gguf(path, folder)
+    files = ModelFiles("x", folder, Weights("gguf", (path,)), "")
+    checkpoint, architecture = GgufCheckpoint(path), architecture_of(files.config)
+    weights = load_weights(architecture, checkpoint, dtype=torch.bfloat16, device="cpu", quantization="int4")
+    for index, layer in enumerate(weights.layers):
+        parts = [checkpoint.tensor(f"model.layers.{index}.self_attn.{name}_proj.weight") for name in "qkv"]
+        torch.testing.assert_close(layer.qkv.dequantize(), torch.cat(parts), rtol=0, atol=1e-7)
+    int8 = load_weights(architecture, checkpoint, dtype=torch.bfloat16, device="cpu", quantization="int8")
+    assert int8.layers[0].qkv.quantization == Quantization(8), "4 bits are not 8: quantized anew"
 
 
 def test_damaged_gguf(tmp_path: Path) -> None:

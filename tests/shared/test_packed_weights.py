@@ -168,7 +168,7 @@ def test_a_decoder_over_mapped_weights_has_the_same_bits(
         architecture, open_checkpoint(files), dtype=torch.float32, device="cpu", quantization=quantization
     )
     tensors = share(weights.tensors)
-    mapped = DecoderWeights.from_tensors(architecture, tensors, quantization)
+    mapped = DecoderWeights.from_tensors(architecture, tensors)
     assert mapped.tensors().keys() == tensors.keys()
     batch = build_batch([BatchEntry(list(range(3, 40)), 0, [1, 2, 3], "all")], 16)
     logits = [
