@@ -149,6 +149,14 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(main(context.args))
 
 
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what of this machine decides how fast it serves, and how to mend what is amiss."""
+    from cli.doctor import run
+
+    raise typer.Exit(run(as_json=as_json))
+
+
 @models.command("pull")
 def model_pull(
     source: Annotated[str, typer.Argument(help="built-in name, Hugging Face id[@revision], folder or .gguf file")],

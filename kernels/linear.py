@@ -283,7 +283,7 @@ def probe_row_invariance(weight: LinearWeight) -> None:
 
 @functools.cache
 def _cpu_has_pairs() -> bool:
-    return bool(library.call("tandem_has_pairs"))
+    return library.instruction_set() == "AVX-512 BF16"
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -71,24 +71,28 @@ class Cores:
 
         folder: where its file lies; default: a private one in the temporary folder.
         """
-        affinity = sorted(os.sched_getaffinity(0))
-        name = f"cores-{hashlib.sha256(repr(affinity).encode()).hexdigest()[:16]}"
         try:
-            try:
-                cores = cls._join(folder, name)
-            except FileNotFoundError:  # the last to leave has just removed it
-                cores = cls._join(folder, name)
+            cores = cls.open(folder)
         except OSError as error:
             log.warning("the cores are not shared with other workers of this host: %s", error)
             cores = cls()
         _mapped.append(cores._board)
         address = ctypes.addressof(cores._board) + _Board.computing.offset
-        library.call("tandem_share_cores", address, SLOTS, len(affinity))
+        library.call("tandem_share_cores", address, SLOTS, len(os.sched_getaffinity(0)))
         return cores
 
     @classmethod
-    def _join(cls, folder: Path | None, name: str) -> Cores:
-        path = (folder or _private_folder()) / name
+    def open(cls, folder: Path | None = None) -> Cores:
+        """A place on that board, of which the ops are not told. Raises OSError where it cannot be had."""
+        try:
+            return cls._open(folder)
+        except FileNotFoundError:  # the last to leave has just removed it
+            return cls._open(folder)
+
+    @classmethod
+    def _open(cls, folder: Path | None) -> Cores:
+        affinity = repr(sorted(os.sched_getaffinity(0))).encode()
+        path = (folder or _private_folder()) / f"cores-{hashlib.sha256(affinity).hexdigest()[:16]}"
         with _locked(path) as file:
             cores = cls(mmap.mmap(file, mmap.PAGESIZE))
         cores._path = path

@@ -21,6 +21,7 @@ from typing import Protocol
 import grpc
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 
+from kernels.cpu.library import instruction_set
 from shared.arguments import Arguments, die_with_parent
 from shared.auth import Access, RequireKey
 from shared.config import ApiKey, ConfigError, DecodeConfig, PrefillConfig, TandemConfig
@@ -210,7 +211,7 @@ async def _run(
         return 0
     ready = {"event": "ready", "role": role, "grpc": worker.address, "http": None}
     print(json.dumps({**ready, "pid": os.getpid(), "worker_id": worker.worker_id}), flush=True)
-    log.info("%s serves %s at %s", role, config.model_name, worker.address)
+    log.info("%s serves %s at %s, ops in %s", role, config.model_name, worker.address, instruction_set())
     await asyncio.wait([stopping, worker.failed], return_when=asyncio.FIRST_COMPLETED)
     if worker.failed.done():
         # the state is unknown: no request may go on with it

@@ -49,6 +49,11 @@ def call(name: str, *arguments: float | None) -> int:
     return 0
 
 
+def instruction_set() -> str:
+    """What the ops were compiled for: AVX-512 BF16, AVX-512, AVX2 or portable C. Raises RuntimeError as `call`."""
+    return ("portable C", "AVX2", "AVX-512", "AVX-512 BF16")[_op("tandem_instruction_set")(None)]
+
+
 class Replay:
     """Calls of ops, to be repeated with the same arguments. What these point to must outlive it."""
 

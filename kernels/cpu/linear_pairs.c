@@ -272,11 +272,8 @@ int64_t tandem_linear_pairs(const Arg *a) {
     return 0;
 }
 
-int64_t tandem_has_pairs(const Arg *a) { return (void)a, 1; }
-
 #else
 
 int64_t tandem_linear_pairs(const Arg *a) { return (void)a, -1; }
-int64_t tandem_has_pairs(const Arg *a) { return (void)a, 0; }
 
 #endif

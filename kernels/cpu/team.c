@@ -174,6 +174,20 @@ int64_t tandem_ring_later(const Arg *a) {
     return 0;
 }
 
+/* What the ops were compiled for: 3 AVX-512 BF16, 2 AVX-512, 1 AVX2, 0 none of them. */
+int64_t tandem_instruction_set(const Arg *a) {
+    (void)a;
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VBMI__)
+    return 3;
+#elif defined(__AVX512F__)
+    return 2;
+#elif defined(__AVX2__) && defined(__FMA__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 typedef struct {
     int64_t (*op)(const Arg *);
     const Arg *arguments;
