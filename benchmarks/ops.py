@@ -4,8 +4,8 @@
 
 The floor of an op is the longer of two times: its bytes at the memory's read rate, and its multiply-adds at the rate of
 a large bfloat16 matmul. Both rates are measured first, as the best of several runs of torch: the maximum of 256 MiB,
-and 2,048 x 2,048 by as many. The fraction is floor / time. The linears run as all layers of a model, over different
-weights each time as in a step, so that no cache holds them; what a cache can hold may beat its floor.
+and 2,048 x 2,048 by as many. The fraction is floor / time. Linears and attention run as all layers of a model, over
+other weights and blocks each time as in a step, so that no cache holds them; what a cache can hold may beat its floor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from kernels.attention import paged_attention
 from kernels.cpu.library import record
 from kernels.linear import LinearWeight, Quantization, linear
 from kernels.rms_norm import add_rms_norm
+from kernels.sampling import How, draw, token_uniforms
 
 # the default model
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 576, 1536, 30, 49152
@@ -73,27 +75,38 @@ def linears() -> Iterator[Op]:
 
 
 def attentions() -> Iterator[Op]:
-    """One layer: decode steps of some sequences, and a prompt in one piece."""
+    """All layers of a pool as a worker has it: decode steps of some sequences, and a prompt in one piece."""
     for sequences, tokens, length in ((1, 1, 512), (8, 1, 512), (32, 1, 128), (1, 512, 512), (1, 1500, 1500)):
         blocks = -(-length // BLOCK_TOKENS)
-        pool = torch.randn(sequences * blocks, 2, KV_HEADS, BLOCK_TOKENS, HEAD_DIM).bfloat16()
-        arguments = (
-            torch.randn(sequences * tokens, HEADS, HEAD_DIM).bfloat16(),
-            pool[:, 0],
-            pool[:, 1],
-            torch.arange(0, sequences * tokens + 1, tokens, dtype=torch.int32),
-            torch.full((sequences,), length, dtype=torch.int32),
-            torch.randperm(sequences * blocks, dtype=torch.int32).view(sequences, blocks),
-            HEAD_DIM**-0.5,
-        )
+        pool = torch.randn(sequences * blocks, LAYERS, 2, KV_HEADS, BLOCK_TOKENS, HEAD_DIM).bfloat16()
+        q = torch.randn(sequences * tokens, HEADS, HEAD_DIM).bfloat16()
+        out = torch.empty(sequences * tokens, HEADS * HEAD_DIM, dtype=torch.bfloat16)
+        lengths = torch.full((sequences,), length, dtype=torch.int32)
+        starts = torch.arange(0, sequences * tokens + 1, tokens, dtype=torch.int32)
+        table = torch.randperm(sequences * blocks, dtype=torch.int32).view(sequences, blocks)
+        with record() as replay:
+            for layer in range(LAYERS):
+                keys, values = pool[:, layer, 0], pool[:, layer, 1]
+                paged_attention(q, keys, values, starts, lengths, table, HEAD_DIM**-0.5, out=out)
+        # the replay holds addresses, the operation what lies there
+        keep = (pool, q, out, lengths, starts, table)
         seen = tokens * (2 * length - tokens + 1) / 2
         name = f"{sequences} sequences of {length} tokens" if tokens == 1 else f"prefill of {tokens} tokens"
-        flops = 4 * sequences * seen * HEADS * HEAD_DIM
-        yield Op(f"attention, {name}", lambda a=arguments: paged_attention(*a), pool.numel() * 2, flops)
+        flops = LAYERS * 4 * sequences * seen * HEADS * HEAD_DIM
+        yield Op(f"attention, {name}", lambda run=replay, keep=keep: run(), pool.numel() * 2, flops)
+
+
+def sampling() -> Iterator[Op]:
+    """The next tokens of 32 rows. The floor is one reading of the logits."""
+    logits = torch.randn(32, VOCABULARY) * 4
+    uniforms = token_uniforms([1] * 32, range(32), [0] * 32)
+    for name, how in (("greedy", How(0)), ("temperature", How(0.7)), ("temperature, top-k, top-p", How(0.7, 50, 0.9))):
+        run = partial(draw, logits, [how] * 32, uniforms)
+        yield Op(f"sampling, 32 rows, {name}", run, logits.numel() * 4, 0)
 
 
 def small_ops() -> Iterator[Op]:
-    """One layer's, for a chunk of 512 tokens."""
+    """One layer's, for a chunk of 512 tokens, in the cache."""
     gate_up, x, residual = (torch.randn(512, width).bfloat16() for width in (2 * INTERMEDIATE, HIDDEN, HIDDEN))
     weight = torch.randn(HIDDEN).bfloat16()
     yield Op("gated SiLU, 512 rows", lambda: gated_silu(gate_up), gate_up.numel() * 3, 0)
@@ -132,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = Table(title=title, title_justify="left", box=box.MARKDOWN)
     for column in ("op", "time ms", "floor ms", "fraction", "GB/s", "GFLOP/s"):
         table.add_column(column, justify="left" if column == "op" else "right")
-    for ops in (linears(), attentions(), small_ops()):
+    for ops in (linears(), attentions(), sampling(), small_ops()):
         for op in ops:
             took_s = statistics.median(times_s(op.run))
             floor_s = max(op.num_bytes / read, op.flops / compute)

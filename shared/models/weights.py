@@ -137,14 +137,7 @@ class _Loader:
             embedding=embedding,
             layers=tuple(self._layer(layer) for layer in range(self.architecture.num_layers)),
             final_norm=self._tensor("final_norm"),
-            # a tied embedding stays as it is for lookups, which read a row of it and not all
-            lm_head=self._packed(
-                "embedding" if self.architecture.tie_embeddings else "lm_head",
-                0,
-                None,
-                _lm_head_quantization(self.quantization),
-                embedding if self.architecture.tie_embeddings else None,
-            ),
+            lm_head=self._lm_head(embedding if self.architecture.tie_embeddings else self._tensor("lm_head")),
         )
 
     def _expected(self) -> set[str]:
@@ -171,19 +164,18 @@ class _Loader:
     def _linear(self, ours: str, layer: int) -> LinearWeight:
         bias = self._tensor(f"{ours}.bias", layer) if f"{ours}.bias" in self.shapes else None
         how = _quantization(self.quantization, self.shapes[f"{ours}.weight"][1])
-        return self._packed(f"{ours}.weight", layer, bias, how)
-
-    def _packed(
-        self, ours: str, layer: int, bias: Tensor | None, how: Quantization | None, tensor: Tensor | None = None
-    ) -> LinearWeight:
-        """Of the file's own integers where they have the bits that are wanted. tensor: if it was read before."""
-        integers = None if how is None else self._integers(ours, layer, how.bits)
+        integers = None if how is None else self._integers(f"{ours}.weight", layer, how.bits)
         if integers is not None:
             return LinearWeight.of_integers(integers, bias, self.dtype)
-        return LinearWeight(self._tensor(ours, layer) if tensor is None else tensor, bias, how)
+        return LinearWeight(self._tensor(f"{ours}.weight", layer), bias, how)
+
+    def _lm_head(self, weight: Tensor) -> LinearWeight:
+        # A tied embedding stays as it is for lookups, which read a row of it and not all. The integers of a file would
+        # bring scales for each block: an eighth more to read for each token, and no better.
+        return LinearWeight(weight, None, _lm_head_quantization(self.quantization))
 
     def _integers(self, ours: str, layer: int, bits: int) -> Integers | None:
-        """None where one of the parts is stored otherwise than wanted, or than the others."""
+        """The file's own, where all parts have them, of so many bits and made alike."""
         names = [name.format(layer=layer) for name in self.names[ours]]
         parts = [part for name in names if (part := self.checkpoint.integers(name)) is not None]
         if len(parts) < len(names) or any(part.quantization != parts[0].quantization for part in parts):
