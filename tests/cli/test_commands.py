@@ -218,7 +218,10 @@ class Terminal:
         return shown + text
 
     def until_prompt(self) -> None:
-        """The prompt is there and takes keys one by one: a Ctrl-C before that may wait for the next key."""
+        """The prompt is there and takes keys one by one.
+
+        Before that a Ctrl-C may wait for the next key, and what is typed is echoed twice, by the terminal and readline.
+        """
         self.until("> ")
         end = time.monotonic() + 60
         while termios.tcgetattr(self._fd)[3] & termios.ICANON:
@@ -236,10 +239,10 @@ async def test_chat_remembers_and_ctrl_c_ends_only_the_answer(cluster: Cluster):
         terminal = Terminal(
             TANDEM, "chat", "--address", cluster.grpc_target, "--temperature", "0", "--max-tokens", "400"
         )
-        terminal.until("> ")
+        terminal.until_prompt()
         terminal.type("Say the word banana.\r")
         terminal.until("tokens/s")
-        terminal.until("> ")
+        terminal.until_prompt()
         terminal.type("Write a very long story about a dog.\r")
         terminal.until("story about a dog.")
         terminal.until("dog")  # the answer has begun
@@ -249,10 +252,10 @@ async def test_chat_remembers_and_ctrl_c_ends_only_the_answer(cluster: Cluster):
         terminal.type("\x03")
         terminal.until("leaves")
         terminal.type("/clear\r")
-        terminal.until("> ")
+        terminal.until_prompt()
         terminal.type("Hello!\r")
         terminal.until("tokens/s")
-        terminal.until("> ")
+        terminal.until_prompt()
         terminal.type("/exit\r")
         return terminal.end()
 
