@@ -85,6 +85,9 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
+        """Tells the load that there is to begin with, and starts."""
+        self._load = self._scheduler.load()
+        self._on_load(self._load)
         self._thread.start()
 
     def post(self, command: Callable[[], None]) -> None:

@@ -60,6 +60,7 @@ async def test_commands_run_on_the_thread_and_events_come_back_in_order() -> Non
     loads: list[Load] = []
     thread = EngineThread(scheduler, on_load=loads.append, on_failure=lambda error: None)
     thread.start()
+    assert loads == [Load()], "told before anything has happened"
     thread.post(lambda: scheduler.add(20))
     async with asyncio.timeout(10):
         await finished.wait()
