@@ -86,9 +86,7 @@ class Integers:
     @property
     def quantization(self) -> Quantization:
         """How it was made: what another weight must have been to be joined to it."""
-        groups = self.scale.shape[1]
-        group = None if groups == 1 else self.values.shape[1] // groups
-        return Quantization(self.bits, group, self.offset is None)
+        return _quantization_of(self.bits, self.values.shape[1], self.scale, self.offset)
 
 
 class LinearWeight:
@@ -163,8 +161,8 @@ class LinearWeight:
         weight.scale, weight.offset, weight.bias = (tensors.get(field) for field in cls.FIELDS[1:])
         quantization = None
         if weight.scale is not None:
-            group = None if weight.scale.shape[1] == 1 else shape[1] // weight.scale.shape[1]
-            quantization = Quantization(4 if weight.packed.dtype == torch.int32 else 8, group, weight.offset is None)
+            bits = 4 if weight.packed.dtype == torch.int32 else 8
+            quantization = _quantization_of(bits, shape[1], weight.scale, weight.offset)
         weight._take_shape(shape, dtype, quantization)
         return weight
 
@@ -288,6 +286,12 @@ def _cpu_has_pairs() -> bool:
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _quantization_of(bits: Literal[8, 4], in_features: int, scale: Tensor, offset: Tensor | None) -> Quantization:
+    """scale: [outputs or panels, groups, ...]"""
+    groups = scale.shape[1]
+    return Quantization(bits, None if groups == 1 else in_features // groups, offset is None)
 
 
 def _quantize(weight: Tensor, group: int, quantization: Quantization) -> Integers:

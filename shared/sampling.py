@@ -43,13 +43,13 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     if asked:
         indices = [i for i, _ in asked]
         targets = torch.tensor([token_ids[i] for i in indices], device=logits.device)
-        reports = token_logprobs(select_rows(logits, indices), targets, [k for _, k in asked])
+        reports = token_logprobs(_select_rows(logits, indices), targets, [k for _, k in asked])
         for i, report in zip(indices, reports, strict=True):
             sampled[i] = Sampled(*report)
     return sampled
 
 
-def select_rows(logits: Tensor, indices: Sequence[int]) -> Tensor:
+def _select_rows(logits: Tensor, indices: Sequence[int]) -> Tensor:
     """The named rows, ascending; without a copy where they are consecutive."""
     if indices[-1] - indices[0] + 1 == len(indices):
         return logits[indices[0] : indices[-1] + 1]
