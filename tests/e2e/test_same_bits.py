@@ -44,6 +44,9 @@ def workload(vocab_size: int) -> list[inference_pb2.GenerateRequest]:
         if request.token_ids.ids:
             ids = [token % vocab_size for token in request.token_ids.ids]
             request.token_ids.CopyFrom(inference_pb2.TokenIds(ids=ids))
+    # 4 blocks of prompt and 2 of each output: by itself more than the pool of the cases that preempt, however fast
+    # the others come and go
+    requests[-1].sampling.n = 24
     return requests
 
 
@@ -167,7 +170,8 @@ async def test_default_model(default_model: Path) -> None:
     case = Case(
         "all at once",
         prefill=2,
-        settings=(("prefill.chunk_tokens", 16), ("prefill.batch_tokens", 48), ("decode.num_blocks", 20)),
+        settings=(("prefill.chunk_tokens", 16), ("prefill.batch_tokens", 48), ("decode.num_blocks", 40)),
+        preempts=True,
     )
     await (await Served.measure(default_model, {"dtype": "bfloat16"}, num_requests=12)).check(case)
 
