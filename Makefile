@@ -9,7 +9,7 @@ ARGS ?=
 # the caller's own environment must not leak into ours
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup setup-dev serve test test-slow check bench bench-ops bench-quality bench-peers protos gpu-check clean distclean
+.PHONY: help setup setup-dev serve test test-slow check bench bench-ops bench-quality bench-peers protos kernel-report gpu-check clean distclean
 
 help: ## show this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench-peers: setup ## the same beside other servers, by turns: ARGS='--peer "nam
 
 protos: setup-dev ## generate the Python stubs beside the .proto files
 	@tools/protos
+
+kernel-report: setup-dev ## compile every CUDA kernel ahead of time: registers, spills, matrix instructions
+	@exec $(BIN)/python -m kernels.cuda.report --write benchmarks/results/kernels.md $(ARGS)
 
 gpu-check: setup-dev ## run what needs a CUDA device
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \

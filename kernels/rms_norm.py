@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import library
+from kernels.device import in_triton
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -25,11 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
         out = torch.empty_like(x)
     else:
         _check_same("out", out, x)
-    rows, width = x.shape
-    library.call("tandem_rms_norm",
-        x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), None,
-        rows, width, float(eps), _DTYPES[x.dtype], _DTYPES[weight.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+    _launch(x, None, weight, eps, out, None)
     return out
 
 
@@ -57,11 +54,7 @@ def add_rms_norm(
         residual_out = torch.empty_like(x)
     else:
         _check_same("residual_out", residual_out, x)
-    rows, width = x.shape
-    library.call("tandem_rms_norm",
-        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), residual_out.data_ptr(),
-        rows, width, float(eps), _DTYPES[x.dtype], _DTYPES[weight.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+    _launch(x, residual, weight, eps, out, residual_out)
     return out, residual_out
 
 
@@ -76,9 +69,23 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
     return rms_norm_reference(total, weight, eps), total
 
 
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, residual_out: Tensor | None
+) -> None:
+    if in_triton("rms_norm", x):
+        from kernels.cuda.rms_norm import rms_norm as launch
+
+        launch(x, residual, weight, eps, out, residual_out)
+        return
+    rows, width = x.shape
+    library.call("tandem_rms_norm",
+        x.data_ptr(), None if residual is None else residual.data_ptr(), weight.data_ptr(),
+        out.data_ptr(), None if residual_out is None else residual_out.data_ptr(),
+        rows, width, float(eps), _DTYPES[x.dtype], _DTYPES[weight.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def _check(x: Tensor, weight: Tensor) -> None:
-    if x.device.type != "cpu":
-        raise ValueError(f"rms_norm runs on: cpu; got a tensor on {x.device}")
     if x.dtype not in _DTYPES or x.dim() != 2 or not x.is_contiguous():
         raise ValueError(f"x must be contiguous float32 or bfloat16 [rows, width], got {x.dtype} {list(x.shape)}")
     if weight.dtype not in (x.dtype, torch.float32) or weight.shape != x.shape[1:] or not weight.is_contiguous():

@@ -11,6 +11,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+import tests.triton_mode  # noqa: F401
+
+# isort: split
 import pytest
 from transformers import PreTrainedModel
 

@@ -14,9 +14,12 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 @DTYPES
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (5, 64), (2, 100), (17, 576), (300, 577), (1, 4096)])
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32])
-def test_matches_the_reference(rows: int, width: int, dtype: torch.dtype, weight_dtype: torch.dtype | None) -> None:
+def test_matches_the_reference(
+    on: str, rows: int, width: int, dtype: torch.dtype, weight_dtype: torch.dtype | None
+) -> None:
     torch.manual_seed(rows * width)
-    x, weight = (3 * torch.randn(rows, width)).to(dtype), torch.randn(width).to(dtype).to(weight_dtype or dtype)
+    x = (3 * torch.randn(rows, width)).to(on, dtype)
+    weight = torch.randn(width).to(on, dtype).to(weight_dtype or dtype)
     out = torch.full_like(x, torch.nan)
     assert rms_norm(x, weight, 1e-5, out=out) is out
     expected = rms_norm_reference(x.double(), weight.double(), 1e-5)
@@ -25,10 +28,10 @@ def test_matches_the_reference(rows: int, width: int, dtype: torch.dtype, weight
 
 @DTYPES
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (4, 63), (200, 576)])
-def test_fused_addition_equals_addition_then_norm(rows: int, width: int, dtype: torch.dtype) -> None:
+def test_fused_addition_equals_addition_then_norm(on: str, rows: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(rows)
-    x, residual = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype)
-    weight = torch.randn(width).to(dtype)
+    x, residual = torch.randn(2, rows, width).to(on, dtype)
+    weight = torch.randn(width).to(on, dtype)
     y, total = add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(total, x + residual)
     assert torch.equal(y, rms_norm(total, weight, 1e-5))
@@ -43,7 +46,15 @@ def test_fused_addition_equals_addition_then_norm(rows: int, width: int, dtype: 
 
 
 @DTYPES
-def test_a_row_keeps_its_bits_among_others_and_on_any_number_of_threads(dtype: torch.dtype) -> None:
+def test_a_row_keeps_its_bits_among_others(on: str, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(100, 576).to(on, dtype), torch.randn(576).to(on, dtype)
+    whole = rms_norm(x, weight, 1e-5)
+    for rows in (1, 2, 3, 5, 64):
+        assert torch.equal(rms_norm(x[-rows:], weight, 1e-5), whole[-rows:])
+
+
+@DTYPES
+def test_a_row_keeps_its_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
     x, weight = torch.randn(256, 576).to(dtype), torch.randn(576).to(dtype)
     before = torch.get_num_threads()
     try:
@@ -53,8 +64,11 @@ def test_a_row_keeps_its_bits_among_others_and_on_any_number_of_threads(dtype: t
         assert torch.equal(rms_norm(x, weight, 1e-5), whole)
     finally:
         torch.set_num_threads(before)
-    for rows in (1, 2, 3, 5, 64):
-        assert torch.equal(rms_norm(x[-rows:], weight, 1e-5), whole[-rows:])
+
+
+def test_no_rows_are_no_work(on: str) -> None:
+    x = torch.empty(0, 64, device=on)
+    assert rms_norm(x, torch.ones(64, device=on), 1e-5).shape == (0, 64)
 
 
 def test_broken_contracts_are_refused() -> None:
@@ -69,5 +83,5 @@ def test_broken_contracts_are_refused() -> None:
         add_rms_norm(x, x[:2], weight, 1e-5)
     with pytest.raises(ValueError, match="out must be"):
         rms_norm(x, weight, 1e-5, out=x.bfloat16())
-    with pytest.raises(ValueError, match="runs on: cpu"):
-        rms_norm(x.to("meta"), weight, 1e-5)
+    with pytest.raises(ValueError, match="runs on: cpu, cuda"):
+        rms_norm(x.to("meta"), weight.to("meta"), 1e-5)
