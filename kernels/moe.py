@@ -1,0 +1,262 @@
+"""Mixture of experts: which experts a token goes to, their linear layers, and the sum of what they answer.
+
+    gating:   score = softmax(logits) or sigmoid(logits);  weights = the k best, perhaps divided by their sum
+    routing:  the pairs of each expert, side by side
+    linear:   y[pair] = x[row of pair] @ weight[expert of pair].T * weight of pair
+    combine:  out[token] = y[first pair of token] + ... + y[its last pair]
+
+                                                              (Shazeer et al. 2017, arXiv:1701.06538)
+
+logits   [tokens, experts], float32 or bfloat16
+experts  [tokens, k] int32, and weights [tokens, k] float32, in falling order
+pair     token * k + choice: what one expert computes for one token
+x        [tokens, in_features], or [tokens * k, in_features], a row for each pair
+weight   [experts, out_features, in_features], x's dtype
+y        [tokens * k, out_features]
+out      [tokens, out_features]
+
+All contiguous. float32 inside, rounded once by each op. The bits of a token or pair depend on that one alone, for one
+block_rows. An expert's number that there is not computes nothing: its pair's row of y is left undefined, not refused.
+
+On a CPU these ops are their references, in the dtype given: there is no C for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kernels.device import in_triton
+
+BLOCK_ROWS = 64  # the rows of one instruction on sm_90
+MAX_EXPERTS = 256
+MAX_CHOICES = 8
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The pairs of each expert, in rows: expert e has those from offsets[e] to offsets[e + 1], whole blocks.
+
+    Its pairs come first, in their order; the rest of its rows is -1, and so is what no expert has.
+    """
+
+    experts: Tensor  # int32 [tokens, k], as given
+    sorted_pairs: Tensor  # int32 [rows]
+    block_experts: Tensor  # int32 [rows / block_rows]
+    counts: Tensor  # int32 [experts], the pairs of each
+    offsets: Tensor  # int32 [experts + 1]
+    block_rows: int
+
+    @property
+    def num_pairs(self) -> int:
+        return self.experts.numel()
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts.shape[0]
+
+
+def top_k_gating(
+    logits: Tensor,
+    k: int,
+    *,
+    renormalize: bool,
+    scoring: Literal["softmax", "sigmoid"] = "softmax",
+    weights_out: Tensor | None = None,
+    experts_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k experts of each token -> (weights float32 [tokens, k], experts int32 [tokens, k]).
+
+    The highest logits, of equal ones the lowest expert; a NaN is above all. Distinct logits whose scores are rounded to
+    the same number are still in order.
+    renormalize: the k weights of a token add up to 1.
+    Raises ValueError when an argument breaks the contract.
+    """
+    if logits.dtype not in _DTYPES or logits.dim() != 2 or not logits.is_contiguous():
+        raise ValueError(
+            f"logits must be contiguous float32 or bfloat16 [tokens, experts], got {logits.dtype} {list(logits.shape)}"
+        )
+    tokens, num_experts = logits.shape
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"logits must be of 1 to {MAX_EXPERTS} experts, got {num_experts}")
+    if not 1 <= k <= min(MAX_CHOICES, num_experts):
+        raise ValueError(f"k must be from 1 to {min(MAX_CHOICES, num_experts)} of {num_experts} experts, got {k}")
+    if scoring not in ("softmax", "sigmoid"):
+        raise ValueError(f"scoring must be softmax or sigmoid, got {scoring}")
+    weights = _out("weights_out", weights_out, (tokens, k), (torch.float32,), logits)
+    experts = _out("experts_out", experts_out, (tokens, k), (torch.int32,), logits)
+    if in_triton("top_k_gating", logits):
+        from kernels.cuda.moe import top_k_gating as launch
+
+        launch(logits, weights, experts, scoring == "sigmoid", renormalize)
+    else:
+        found = top_k_gating_reference(logits.float(), k, renormalize=renormalize, scoring=scoring)
+        weights.copy_(found[0])
+        experts.copy_(found[1])
+    return weights, experts
+
+
+def routing_size(num_pairs: int, num_experts: int, block_rows: int = BLOCK_ROWS) -> int:
+    """How many int32 a Routing is made of."""
+    return sum(_routing_parts(num_pairs, num_experts, block_rows))
+
+
+def route(experts: Tensor, num_experts: int, block_rows: int = BLOCK_ROWS, *, out: Tensor | None = None) -> Routing:
+    """Sorts pairs by expert. experts: int32 [tokens, k]; out: int32 [routing_size(...)], the memory of the result.
+
+    A Routing has as many rows as the pairs could need at most, so the host need not know how they fell.
+    Raises ValueError when an argument breaks the contract.
+    """
+    if experts.dtype != torch.int32 or experts.dim() != 2 or not experts.is_contiguous():
+        raise ValueError(f"experts must be contiguous int32 [tokens, k], got {experts.dtype} {list(experts.shape)}")
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"num_experts must be from 1 to {MAX_EXPERTS}, got {num_experts}")
+    if block_rows not in (16, 32, 64, 128):
+        raise ValueError(f"block_rows must be 16, 32, 64 or 128, got {block_rows}")
+    parts = _routing_parts(experts.numel(), num_experts, block_rows)
+    out = _out("out", out, (sum(parts),), (torch.int32,), experts)
+    rows, blocks, counts, offsets = out.split(parts)
+    blocks, counts, offsets = blocks[: len(rows) // block_rows], counts[:num_experts], offsets[: num_experts + 1]
+    routing = Routing(experts, rows, blocks, counts, offsets, block_rows)
+    if in_triton("route", experts):
+        from kernels.cuda.moe import route as launch
+
+        launch(routing)
+    else:
+        found = route_reference(experts, num_experts, block_rows)
+        for name in ("sorted_pairs", "block_experts", "counts", "offsets"):
+            getattr(routing, name).copy_(getattr(found, name))
+    return routing
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, routing: Routing, *, pair_weights: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Each pair's row of x through its expert's linear layer -> [tokens * k, out_features] of x's dtype, or `out`.
+
+    x: a row for each token, which all its pairs read, or one for each pair.
+    pair_weights: float32 [tokens, k], multiplied in before rounding.
+    out may also be float32, so that `combine` is the first to round.
+    Raises ValueError when a tensor breaks the contract.
+    """
+    tokens, k = routing.experts.shape
+    if x.dtype not in _DTYPES or x.dim() != 2 or len(x) not in (tokens, tokens * k) or not x.is_contiguous():
+        raise ValueError(
+            f"x must be contiguous float32 or bfloat16 [{tokens} or {tokens * k}, in_features], "
+            f"got {x.dtype} {list(x.shape)}"
+        )
+    if (
+        weight.dtype != x.dtype
+        or weight.dim() != 3
+        or weight.shape[0] != routing.num_experts
+        or weight.shape[2] != x.shape[1]
+        or not weight.is_contiguous()
+    ):
+        raise ValueError(
+            f"weight must be contiguous {x.dtype} [{routing.num_experts}, out_features, {x.shape[1]}], "
+            f"got {weight.dtype} {list(weight.shape)}"
+        )
+    if pair_weights is not None and (
+        pair_weights.dtype != torch.float32 or pair_weights.shape != (tokens, k) or not pair_weights.is_contiguous()
+    ):
+        raise ValueError(
+            f"pair_weights must be contiguous float32 [{tokens}, {k}], "
+            f"got {pair_weights.dtype} {list(pair_weights.shape)}"
+        )
+    out = _out("out", out, (tokens * k, weight.shape[1]), (x.dtype, torch.float32), x)
+    if in_triton("grouped_linear", x):
+        from kernels.cuda.moe import grouped_linear as launch
+
+        launch(x, weight, routing, pair_weights, out)
+    else:
+        out.copy_(grouped_linear_reference(x, weight, routing.experts, pair_weights))
+    return out
+
+
+def combine(y: Tensor, k: int, *, out: Tensor | None = None) -> Tensor:
+    """Adds the k rows of each token, in order -> [tokens, width] of y's dtype, or `out`, which may be bfloat16 anyway.
+
+    The weights are in y already: `grouped_linear` has a pair's sums in float32 when it multiplies by them, so that
+    costs no rounding, and here is nothing left to read but y.
+    Raises ValueError when a tensor breaks the contract.
+    """
+    if y.dtype not in _DTYPES or y.dim() != 2 or not y.is_contiguous():
+        raise ValueError(f"y must be contiguous float32 or bfloat16 [tokens * k, width], got {y.dtype} {list(y.shape)}")
+    if not 1 <= k <= MAX_CHOICES or len(y) % k:
+        raise ValueError(f"k must be from 1 to {MAX_CHOICES} and divide the {len(y)} rows of y, got {k}")
+    out = _out("out", out, (len(y) // k, y.shape[1]), (y.dtype, torch.bfloat16), y)
+    if in_triton("combine", y):
+        from kernels.cuda.moe import combine as launch
+
+        launch(y, k, out)
+    else:
+        out.copy_(combine_reference(y, k))
+    return out
+
+
+def top_k_gating_reference(
+    logits: Tensor, k: int, *, renormalize: bool, scoring: Literal["softmax", "sigmoid"] = "softmax"
+) -> tuple[Tensor, Tensor]:
+    """Gating in plain torch, with weights of the dtype of its input."""
+    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+    best = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    weights = scores.gather(1, best)
+    return weights / weights.sum(-1, keepdim=True) if renormalize else weights, best.int()
+
+
+def route_reference(experts: Tensor, num_experts: int, block_rows: int = BLOCK_ROWS) -> Routing:
+    """Routing in plain torch, expert by expert."""
+    rows = _routing_rows(experts.numel(), num_experts, block_rows)
+    sorted_pairs, block_experts = experts.new_full((rows,), -1), experts.new_full((rows // block_rows,), -1)
+    counts, offsets = experts.new_zeros(num_experts), experts.new_zeros(num_experts + 1)
+    row = 0
+    for expert in range(num_experts):
+        pairs = (experts.flatten() == expert).nonzero().flatten()
+        end = row + -(-len(pairs) // block_rows) * block_rows
+        sorted_pairs[row : row + len(pairs)] = pairs.int()
+        block_experts[row // block_rows : end // block_rows] = expert
+        counts[expert], offsets[expert + 1] = len(pairs), end
+        row = end
+    return Routing(experts, sorted_pairs, block_experts, counts, offsets, block_rows)
+
+
+def grouped_linear_reference(x: Tensor, weight: Tensor, experts: Tensor, pair_weights: Tensor | None = None) -> Tensor:
+    """The linear layers in plain torch, in the dtype of x. A pair whose expert there is not gets zeros."""
+    of_pair = experts.flatten()
+    rows = x if len(x) == len(of_pair) else x.repeat_interleave(experts.shape[1], 0)
+    y = x.new_zeros(len(of_pair), weight.shape[1])
+    for expert in range(len(weight)):
+        y[of_pair == expert] = rows[of_pair == expert] @ weight[expert].T
+    return y if pair_weights is None else y * pair_weights.view(-1, 1).to(x.dtype)
+
+
+def combine_reference(y: Tensor, k: int) -> Tensor:
+    """The sums in plain torch, in the dtype of its input."""
+    return y.unflatten(0, (len(y) // k, k)).sum(1)
+
+
+def _routing_rows(num_pairs: int, num_experts: int, block_rows: int) -> int:
+    """The most rows that pairs can fill, in whole blocks: an expert that has any pads block_rows - 1 of them."""
+    return (num_pairs + min(num_pairs, num_experts) * (block_rows - 1)) // block_rows * block_rows
+
+
+def _routing_parts(num_pairs: int, num_experts: int, block_rows: int) -> list[int]:
+    """int32 of a Routing's tensors, each begun at a multiple of 16 bytes: kernels are compiled for such addresses."""
+    rows = _routing_rows(num_pairs, num_experts, block_rows)
+    return [-(-size // 4) * 4 for size in (rows, rows // block_rows, num_experts, num_experts + 1)]
+
+
+def _out(name: str, out: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype], like: Tensor) -> Tensor:
+    """`out` if it has that shape and one of the dtypes, or memory of the first."""
+    if out is None:
+        return like.new_empty(shape, dtype=dtypes[0])
+    if out.dtype not in dtypes or out.shape != torch.Size(shape) or not out.is_contiguous():
+        kinds = " or ".join(dict.fromkeys(map(str, dtypes)))
+        raise ValueError(f"{name} must be contiguous {kinds} {list(shape)}, got {out.dtype} {list(out.shape)}")
+    return out
