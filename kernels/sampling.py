@@ -11,7 +11,9 @@ uniforms  one for each row, in [0, 1), a multiple of 2^-53
 tokens    one for each row; -1 where the logits define no distribution: a NaN, an infinity, or every token masked
 
 Filters in Hugging Face's order and meaning. Sums of integers below 2^53 are exact, so a row's token is the same alone,
-in any batch, on any number of threads and with any instruction set.
+in any batch, on any number of threads and with any instruction set. On CUDA it is the CPU's, and so is every e, bit for
+bit: both compute exp by the same fused multiply-adds. (On a CPU without these, e may differ in its last bits, and the
+token where the point falls so close to the edge between two.)
 
 The uniform numbers are Philox4x32-10's (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3, SC11):
 a number depends on its key and counter alone, so a token's draw can be made again by any worker at any time.
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import library
+from kernels.device import in_triton
 
 
 class How(NamedTuple):
@@ -42,17 +45,24 @@ class How(NamedTuple):
 def draw(logits: Tensor, how: Sequence[How], uniforms: Sequence[float], *, kept: Tensor | None = None) -> list[int]:
     """The tokens. kept: [rows, vocab] float32, gets e of the drawn rows, 0 where a filter removed it.
 
-    Raises ValueError when an argument breaks the contract.
+    On CUDA it waits for the device, which a CUDA graph cannot: `draw_tokens` does not. Raises ValueError when an
+    argument breaks the contract.
     """
-    if logits.device.type != "cpu":
-        raise ValueError(f"sampling runs on: cpu; got a tensor on {logits.device}")
-    if logits.dtype != torch.float32 or logits.dim() != 2 or (logits.shape[1] > 1 and logits.stride(1) != 1):
-        raise ValueError(f"logits must be float32 [rows, vocab], got {logits.dtype} {list(logits.shape)}")
+    triton = in_triton("sampling", logits)
+    _check_logits(logits)
     rows, vocab = logits.shape
     if len(how) != rows or len(uniforms) != rows:
         raise ValueError(f"{rows} rows need as many of how and uniforms, got {len(how)} and {len(uniforms)}")
     if kept is not None and (kept.dtype != torch.float32 or kept.shape != logits.shape or not kept.is_contiguous()):
         raise ValueError(f"kept must be contiguous float32 [{rows}, {vocab}], got {kept.dtype} {list(kept.shape)}")
+    if triton:
+        from kernels.cuda.sampling import draw as launch
+
+        settings = torch.tensor(how, dtype=torch.float64, device=logits.device)
+        points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+        tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+        launch(logits, settings, points, None, None, None, tokens, kept, _scale(vocab))
+        return tokens.tolist()
     # arrays, not tensors: next to no time in a step whose weights have just thrown everything else out of the caches
     settings, points = array("d", chain.from_iterable(how)), array("d", uniforms)
     tokens = array("q", bytes(8 * rows))
@@ -64,6 +74,34 @@ def draw(logits: Tensor, how: Sequence[How], uniforms: Sequence[float], *, kept:
     if failed:
         raise MemoryError(f"a row of {vocab} logits has no memory to be sampled in")
     return tokens.tolist()
+
+
+def draw_tokens(
+    logits: Tensor, settings: Tensor, seeds: Tensor, indices: Tensor, positions: Tensor, tokens: Tensor
+) -> Tensor:
+    """draw(logits, how, token_uniforms(seeds, indices, positions)) -> tokens, for a CUDA graph: all is on the device.
+
+    settings            [rows, 4] float64: How
+    seeds               [rows] int64: the 64 bits of the unsigned seed
+    indices, positions  [rows] int32 or int64
+    tokens              [rows] int64, written
+
+    Raises ValueError when a tensor breaks the contract. Values out of their range cannot be seen here: they make some
+    token of the vocabulary, or -1.
+    """
+    if not in_triton("sampling", logits):
+        raise ValueError(f"draw_tokens runs on: cuda; got a tensor on {logits.device}, where draw does the same")
+    from kernels.cuda.sampling import draw as launch
+
+    _check_logits(logits)
+    rows, vocab = logits.shape
+    _check_contiguous("settings", settings, [rows, 4], torch.float64)
+    _check_contiguous("seeds", seeds, [rows], torch.int64)
+    _check_contiguous("indices", indices, [rows], torch.int32, torch.int64)
+    _check_contiguous("positions", positions, [rows], torch.int32, torch.int64)
+    _check_contiguous("tokens", tokens, [rows], torch.int64)
+    launch(logits, settings, None, seeds, indices, positions, tokens, None, _scale(vocab))
+    return tokens
 
 
 def draw_reference(logits: Tensor, how: Sequence[How], uniforms: Sequence[float]) -> list[int]:
@@ -86,6 +124,23 @@ def token_uniforms(seeds: Iterable[int], indices: Iterable[int], positions: Iter
     return out.tolist()
 
 
+def fill_uniforms(seeds: Tensor, indices: Tensor, positions: Tensor, out: Tensor) -> Tensor:
+    """token_uniforms of tensors on CUDA -> out [rows] float64, written. seeds, indices, positions: as of `draw_tokens`.
+
+    Raises ValueError when a tensor breaks the contract.
+    """
+    if not in_triton("sampling", out):
+        raise ValueError(f"fill_uniforms runs on: cuda; got a tensor on {out.device}: token_uniforms does the same")
+    from kernels.cuda.sampling import fill_uniforms as launch
+
+    _check_contiguous("out", out, [out.numel()], torch.float64)
+    _check_contiguous("seeds", seeds, [len(out)], torch.int64)
+    _check_contiguous("indices", indices, [len(out)], torch.int32, torch.int64)
+    _check_contiguous("positions", positions, [len(out)], torch.int32, torch.int64)
+    launch(seeds, indices, positions, out)
+    return out
+
+
 def token_uniforms_reference(seed: int, index: int, position: int) -> float:
     """The same of one token, in Python's integers."""
     word0, word1, _, _ = philox4x32_reference((position, index, 0, 0), (seed % 2**32, seed >> 32))
@@ -101,6 +156,17 @@ def philox4x32_reference(counter: Sequence[int], key: Sequence[int]) -> list[int
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
     return [c0, c1, c2, c3]
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.dtype != torch.float32 or logits.dim() != 2 or (logits.shape[1] > 1 and logits.stride(1) != 1):
+        raise ValueError(f"logits must be float32 [rows, vocab], got {logits.dtype} {list(logits.shape)}")
+
+
+def _check_contiguous(name: str, tensor: Tensor, shape: list[int], *dtypes: torch.dtype) -> None:
+    if tensor.dtype not in dtypes or list(tensor.shape) != shape or not tensor.is_contiguous():
+        wanted = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name} must be contiguous {wanted} {shape}, got {tensor.dtype} {list(tensor.shape)}")
 
 
 def _address(numbers: array[int] | array[float]) -> int:

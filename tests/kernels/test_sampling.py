@@ -1,4 +1,7 @@
-"""The draw against Hugging Face, exact integers and its float64 reference; the generator against known answers."""
+"""The draw against Hugging Face, exact integers and its float64 reference; the generator against known answers.
+
+On CUDA the draw is held to the CPU's, bit for bit: what those show of one they show of both.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from kernels import device
+from kernels.cpu import library
 from kernels.sampling import (
     How,
     draw,
     draw_reference,
+    draw_tokens,
+    fill_uniforms,
     philox4x32_reference,
     token_uniforms,
     token_uniforms_reference,
+)
+
+TRITON = pytest.mark.parametrize(
+    "on", ["triton, interpreted", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True
 )
 
 
@@ -33,9 +44,17 @@ def random_logits(rows: int, vocab_size: int, scale: float, seed: int = 0) -> Te
 
 def kept_of(logits: Tensor, *rows: How) -> Tensor:
     """What each row may draw, the most probable token being 1."""
-    kept = torch.full(logits.shape, torch.nan)
+    kept = torch.full(logits.shape, torch.nan, device=logits.device)
     draw(logits, rows, [0.0] * len(logits), kept=kept)
     return kept
+
+
+def draw_in_c(logits: Tensor, how: list[How], uniforms: list[float]) -> tuple[list[int], Tensor]:
+    """The tokens, and what was kept."""
+    kept = torch.full(logits.shape, torch.nan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "INTERPRETED", False)
+        return draw(logits.cpu(), how, uniforms, kept=kept), kept
 
 
 def mixed(count: int) -> list[How]:
@@ -111,18 +130,18 @@ def test_with_ties_as_many_of_each_score_stay_as_in_hugging_face(filters):
         assert torch.equal(scores[kept > 0].sort().values, wanted[wanted.isfinite()].sort().values)
 
 
-def test_the_lowest_ids_stay_of_equal_scores_at_the_cut():
-    logits = torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0]])
+def test_the_lowest_ids_stay_of_equal_scores_at_the_cut(on: str):
+    logits = torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0]], device=on)
     assert kept_of(logits, How(1, 0, 1e-20, 0)).nonzero()[:, 1].tolist() == [1]  # what greedy takes
     assert kept_of(logits, How(1, 0, 0.5, 0)).nonzero()[:, 1].tolist() == [1, 3, 4]
     assert kept_of(logits, How(1, 2, 1, 0)).nonzero()[:, 1].tolist() == [1, 3, 4, 6]  # top-k keeps ties
-    assert kept_of(torch.tensor([[-0.0, 0.0, -1.0]]), How(1, 1, 1, 0)).nonzero()[:, 1].tolist() == [0, 1]
+    assert kept_of(torch.tensor([[-0.0, 0.0, -1.0]], device=on), How(1, 1, 1, 0)).nonzero()[:, 1].tolist() == [0, 1]
 
 
-def test_a_mass_of_exactly_p_is_enough():
-    logits = torch.zeros(1, 4)
+def test_a_mass_of_exactly_p_is_enough(on: str):
+    logits = torch.zeros(1, 4, device=on)
     assert kept_of(logits, How(1, 0, 0.5, 0)).nonzero()[:, 1].tolist() == [0, 1]
-    assert hugging_face(logits, How(1, 0, 0.5, 0)).isfinite().sum() == 2
+    assert hugging_face(logits.cpu(), How(1, 0, 0.5, 0)).isfinite().sum() == 2
 
 
 def exact(scores: list[float], e: list[float], how: How) -> set[int]:
@@ -180,9 +199,16 @@ def test_matches_the_reference(vocab_size, scale):
 
 
 @pytest.mark.parametrize(("uniform", "token_id"), [(0.0, 1), (0.25 - 2**-53, 1), (0.25, 2), (1 - 2**-53, 5)])
-def test_a_token_owns_the_uniforms_from_its_lower_edge_on(uniform, token_id):
-    logits = torch.tensor([[-torch.inf, 0.0, 0.0, 0.0, -torch.inf, 0.0, -torch.inf]])
+def test_a_token_owns_the_uniforms_from_its_lower_edge_on(on: str, uniform, token_id):
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, 0.0, -torch.inf, 0.0, -torch.inf]], device=on)
     assert draw(logits, [How(1)], [uniform]) == [token_id]
+
+
+def test_temperature_0_takes_the_lowest_id_of_equal_ones(on: str):
+    logits = torch.full((2, 10_000), -1.0, device=on)
+    logits[0, [1000, 1000 + 4096, 999 + 8192]] = 0.0
+    logits[1, [1001, 1000 + 4096]] = torch.tensor([-0.0, 0.0], device=on)
+    assert draw(logits, [How(0)] * 2, [0.5] * 2) == [1000, 1001]
 
 
 def test_the_last_uniform_takes_the_last_token_of_a_large_even_vocabulary():
@@ -208,11 +234,128 @@ def test_a_row_has_the_same_token_alone_among_neighbours_and_with_any_threads():
 
 @pytest.mark.parametrize("how", [How(0), How(1), How(0.7, 3, 0.5, 0.1)], ids=str)
 @pytest.mark.parametrize("vocab_size", [3, 16, 40, 49_152])
-def test_rows_without_a_distribution_have_no_token(how, vocab_size):
-    logits = random_logits(6, vocab_size, 4.0)
+def test_rows_without_a_distribution_have_no_token(on: str, how, vocab_size):
+    logits = random_logits(6, vocab_size, 4.0).to(on)
     logits[1, -1], logits[2], logits[3, 0], logits[5, 0] = torch.nan, -torch.inf, torch.inf, torch.nan
     tokens = draw(logits, [how] * 6, some_uniforms(6))
     assert [token < 0 for token in tokens] == [False, True, True, True, False, True]
+
+
+def exotic_logits() -> Tensor:
+    """[10, 200]: rows at which a search for a cut could go wrong."""
+    width = 200
+    powers = 10.0 ** torch.linspace(-38, 38, width)
+    masked, zeros, biased, low = (
+        torch.full((width,), -torch.inf),
+        torch.zeros(width),
+        torch.randn(width),
+        torch.full((width,), -3e38),
+    )
+    masked[[3, 77]] = torch.tensor([1.0, 2.0])
+    zeros[::2], zeros[5:20] = -0.0, -1
+    biased[4], biased[9] = 1e9, -1e9
+    low[7] = -2.9e38
+    one_by_one = 1 + torch.arange(width) * 2**-23
+    return torch.stack(
+        [masked, zeros, biased, low, powers, -powers, one_by_one, -one_by_one, torch.ones(width), 1e38 * zeros]
+    )
+
+
+EXACT = pytest.mark.skipif(
+    library.instruction_set() == "portable C", reason="without fused multiply-adds e differs in its last bits"
+)
+
+
+def assert_as_on_the_cpu(logits: Tensor, how: list[How], uniforms: list[float]) -> None:
+    kept = torch.full(logits.shape, torch.nan, device=logits.device)
+    tokens = draw(logits, how, uniforms, kept=kept)
+    tokens_in_c, kept_in_c = draw_in_c(logits, how, uniforms)
+    assert tokens == tokens_in_c
+    drawn = [i for i, row in enumerate(how) if row.temperature and tokens[i] >= 0]
+    assert torch.equal(kept.cpu()[drawn], kept_in_c[drawn])
+
+
+@EXACT
+@TRITON
+@pytest.mark.parametrize(
+    ("rows", "vocab_size"),
+    [(4, 1), (8, 2), (12, 100), (12, 1000), (12, 4099)]
+    + [pytest.param(24, vocab_size, marks=pytest.mark.slow) for vocab_size in (1, 1023, 4096, 49_152, 128_256)],
+)
+@pytest.mark.parametrize("step", [None, 0.5], ids=["", "ties"])
+def test_cuda_draws_what_the_cpu_does(on: str, rows: int, vocab_size: int, step: float | None):
+    logits = random_logits(rows, vocab_size, 4.0, seed=vocab_size).to(on)
+    if step:
+        logits = (logits / step).round() * step
+    assert_as_on_the_cpu(logits, mixed(rows), some_uniforms(rows))
+
+
+@EXACT
+@TRITON
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # the interpreter's: to infinity is what is meant
+@pytest.mark.parametrize(
+    ("temperature", "filters"),
+    [(1.0, (5, 0.9, 0.1)), (1e-5, (0, 0.5, 0)), (1e6, (7, 0.9, 0.5))]
+    + [
+        pytest.param(temperature, filters, marks=pytest.mark.slow)
+        for temperature in (1e-5, 1.0, 1e6)
+        for filters in ((0, 1, 0), (1, 1, 0), (5, 1, 0), (0, 0.5, 0), (0, 1e-12, 0), (3, 0.999999, 1.0))
+    ],
+)
+def test_cuda_draws_what_the_cpu_does_of_exotic_rows(on: str, temperature: float, filters: tuple[int, float, float]):
+    logits = exotic_logits().to(on)
+    how = [How(temperature, *filters)] * len(logits)
+    assert_as_on_the_cpu(logits, how, some_uniforms(len(logits)))
+
+
+@TRITON
+@pytest.mark.parametrize("vocab_size", [2, 100, 1000, pytest.param(128_256, marks=pytest.mark.slow)])
+def test_cuda_matches_the_reference(on: str, vocab_size: int):
+    logits, how, uniforms = random_logits(8, vocab_size, 4.0, seed=vocab_size), mixed(8), some_uniforms(8)
+    assert draw(logits.to(on), how, uniforms) == draw_reference(logits, how, uniforms)
+
+
+@TRITON
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_tokens_are_drawn_with_their_own_uniforms(on: str, dtype: torch.dtype):
+    rows, vocab_size = 10, 300
+    logits = random_logits(rows, vocab_size + 4, 1.0).to(on)[:, :vocab_size]  # rows that are not next to each other
+    logits[3, 5], logits[4] = torch.nan, -torch.inf
+    how, chance = mixed(rows), random.Random(1)
+    seeds, indices = [chance.getrandbits(64) for _ in range(rows)], list(range(rows))
+    positions = [chance.randrange(100_000) for _ in range(rows)]
+    tokens = torch.full((rows,), -7, device=on)
+    made = draw_tokens(
+        logits,
+        torch.tensor(how, dtype=torch.float64, device=on),
+        signed(seeds).to(on),
+        torch.tensor(indices, dtype=dtype, device=on),
+        torch.tensor(positions, dtype=dtype, device=on),
+        tokens,
+    )
+    assert made is tokens
+    assert tokens.tolist() == draw(logits, how, token_uniforms(seeds, indices, positions))
+    assert tokens[3] == tokens[4] == -1
+
+
+@TRITON
+def test_a_row_has_the_same_token_alone_on_cuda(on: str):
+    logits, how, uniforms = random_logits(6, 4500, 4.0).to(on), mixed(12)[6:], some_uniforms(6)
+    together = draw(logits, how, uniforms)
+    assert draw(logits[2:], how[2:], uniforms[2:]) == together[2:]
+    assert [draw(logits[i : i + 1], how[i : i + 1], uniforms[i : i + 1])[0] for i in range(6)] == together
+
+
+@TRITON
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
+def test_values_out_of_range_make_no_token_beyond_the_vocabulary(on: str):
+    how = [How(1.0, min_p=2.0), How(1.0), How(1.0), How(1.0, top_k=-3), How(1.0, top_p=-1.0)]
+    uniforms = [0.5, 1.5, -0.5, 0.5, 0.5]
+    for temperature in (-1.0, -1e-6, torch.inf, torch.nan):
+        how += [How(temperature), How(temperature, 2, 0.5)]
+        uniforms += [0.9, 0.9]
+    tokens = draw(random_logits(len(how), 5, 9.0).to(on), how, uniforms)
+    assert all(-1 <= token < 5 for token in tokens)
 
 
 def test_broken_contracts_are_refused():
@@ -230,6 +373,30 @@ def test_broken_contracts_are_refused():
         draw(logits, how, uniforms, kept=torch.zeros(2, 4))
     with pytest.raises(ValueError, match="runs on: cpu"):
         draw(logits.to("meta"), how, uniforms)
+
+
+def test_broken_contracts_of_tensors_are_refused(interpreter: None):
+    logits, settings, numbers = torch.zeros(2, 5), torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2).long()
+    with pytest.raises(ValueError, match="settings must be"):
+        draw_tokens(logits, settings.float(), numbers, numbers, numbers, numbers)
+    with pytest.raises(ValueError, match="seeds must be contiguous"):
+        draw_tokens(logits, settings, numbers[:1], numbers, numbers, numbers)
+    with pytest.raises(ValueError, match=r"positions must be contiguous torch.int32 or torch.int64 \[2\]"):
+        draw_tokens(logits, settings, numbers, numbers, logits[:, 0], numbers)
+    with pytest.raises(ValueError, match="tokens must be"):
+        draw_tokens(logits, settings, numbers, numbers, numbers, numbers.int())
+    with pytest.raises(ValueError, match="out must be"):
+        fill_uniforms(numbers, numbers, numbers, logits)
+    with pytest.raises(ValueError, match="indices must be"):
+        fill_uniforms(numbers, numbers[:1], numbers, torch.zeros(2, dtype=torch.float64))
+
+
+def test_tensors_of_the_cpu_are_refused_without_triton():
+    numbers = torch.zeros(2).long()
+    with pytest.raises(ValueError, match="draw_tokens runs on: cuda"):
+        draw_tokens(torch.zeros(2, 5), torch.zeros(2, 4).double(), numbers, numbers, numbers, numbers)
+    with pytest.raises(ValueError, match="fill_uniforms runs on: cuda"):
+        fill_uniforms(numbers, numbers, numbers, torch.zeros(2).double())
 
 
 # -- the generator ----------------------------------------------------------------------------------------------------
@@ -269,6 +436,24 @@ def test_uniforms_are_those_of_the_reference(rows):
     expected = [token_uniforms_reference(*row) for row in rows]
     assert all(0 <= uniform < 1 for uniform in expected)
     assert token_uniforms([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]) == expected
+
+
+def signed(numbers: list[int]) -> Tensor:
+    """int64 of the same 64 bits."""
+    return torch.tensor([number - (number >> 63 << 64) for number in numbers], dtype=torch.int64)
+
+
+@TRITON
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_uniforms_are_those_of_the_reference_on_cuda(on: str, dtype: torch.dtype):
+    chance = random.Random(2)
+    rows = [(chance.getrandbits(64), chance.getrandbits(31), chance.getrandbits(31)) for _ in range(300)]
+    rows += [(0, 0, 0), (2**64 - 1, 2**31 - 1, 2**31 - 1), (1 << 63, 0, 1)]
+    seeds, indices, positions = (list(column) for column in zip(*rows, strict=True))
+    out = torch.full((len(rows),), torch.nan, dtype=torch.float64, device=on)
+    counters = [torch.tensor(numbers, dtype=dtype, device=on) for numbers in (indices, positions)]
+    assert fill_uniforms(signed(seeds).to(on), *counters, out) is out
+    assert out.tolist() == [token_uniforms_reference(*row) for row in rows]
 
 
 def test_uniforms_need_as_many_of_each():
