@@ -26,7 +26,8 @@ from rich.table import Table, box
 from kernels.activation import gated_silu
 from kernels.attention import paged_attention
 from kernels.cpu.library import record
-from kernels.linear import LinearWeight, Quantization, linear
+from kernels.linear import LinearWeight, linear
+from kernels.quantization import Quantization
 from kernels.rms_norm import add_rms_norm
 from kernels.sampling import How, draw, token_uniforms
 

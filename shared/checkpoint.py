@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kernels.linear import Integers
+from kernels.quantization import Integers
 from shared.gguf_header import GgufError, GgufTensor, read_gguf_header
 from shared.model_files import ModelError, ModelFiles
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from kernels.linear import Integers, LinearWeight, Quantization, packing, probe_row_invariance
+from kernels.linear import LinearWeight, packing, probe_row_invariance
+from kernels.quantization import Integers, Quantization
 from shared.checkpoint import Checkpoint, CheckpointError, check_names
 from shared.config import QuantizationMode
 from shared.models.architecture import Architecture

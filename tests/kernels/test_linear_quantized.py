@@ -9,12 +9,11 @@ from torch import Tensor
 from kernels import linear as module
 from kernels.linear import (
     LinearWeight,
-    Quantization,
     has_pairs,
     linear,
     linear_reference,
-    packing,
 )
+from kernels.quantization import Quantization
 from tests.kernels.rows import assert_rows_keep_their_bits
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -149,7 +148,7 @@ def test_a_step_reads_half_and_a_quarter_of_the_bytes() -> None:
     assert LinearWeight(weight, None, Quantization(4, 64)).num_bytes == 64 * 512 // 2 + 4 * 64 * 8
     assert LinearWeight(weight.float()).num_bytes == 64 * 512 * 4
     assert LinearWeight(weight, None, Quantization(4, 64)).description == (
-        f"int4 {packing(torch.bfloat16)}, groups of 64, symmetric"
+        f"int4 {LinearWeight(weight).description.removeprefix('bfloat16 ')}, groups of 64, symmetric"
     )
 
 

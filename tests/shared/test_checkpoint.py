@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType, RopeScalingType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kernels.linear import Quantization
+from kernels.quantization import Quantization
 from shared.checkpoint import CheckpointError, GgufCheckpoint, PickleCheckpoint, check_names, open_checkpoint
 from shared.gguf_header import GgufError, read_gguf_header
 from shared.model_convert import ConversionError, convert_gguf, convert_tokenizer

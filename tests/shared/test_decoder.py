@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from kernels.linear import LinearWeight, Quantization
+from kernels.linear import LinearWeight
+from kernels.quantization import Quantization
 from shared.batch import NULL_BLOCK, BatchEntry, build_batch
 from shared.checkpoint import CheckpointError, open_checkpoint
 from shared.config import QuantizationMode

@@ -1,0 +1,162 @@
+"""The Triton linears: each form of a weight against float64, and the same bits for a row in tiles of every size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.linear import LinearWeight, linear, linear_reference, probe_row_invariance
+from kernels.quantization import Integers, Quantization, floats_of
+
+FORMS = pytest.mark.parametrize(
+    "how",
+    [
+        None,
+        Quantization(8),
+        Quantization(8, 32, symmetric=False),
+        Quantization(8, dynamic=True),
+        Quantization(4),
+        Quantization(4, symmetric=False),
+        Quantization(4, 8, symmetric=False),
+        Quantization(4, 32),
+        Quantization(8, floating=True),
+        Quantization(8, 32, floating=True),
+        Quantization(6, floating=True),
+        Quantization(6, 32, floating=True),
+    ],
+    ids=lambda how: "plain" if how is None else f"{how.form} {how.group} {how.symmetric} {how.dynamic}",
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+# the last two are summed in ranges; none of the others is a whole number of tiles
+SHAPES = pytest.mark.parametrize(
+    ("outputs", "inputs", "counts"),
+    [
+        (33, 96, (1, 18, 65)),
+        (20, 544, (2, 17)),
+        pytest.param(130, 544, (1, 15, 63, 127), marks=pytest.mark.slow),
+        pytest.param(64, 1024, (1, 16, 64, 129), marks=pytest.mark.slow),
+    ],
+)
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda":
+        return "cuda"
+    request.getfixturevalue("interpreter")
+    return "cpu"
+
+
+def make(outputs: int, inputs: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(outputs + inputs)
+    # not around zero, so that symmetric integers and those with offsets differ
+    weight = torch.randn(outputs, inputs) / inputs**0.5 + 0.02
+    return weight.to(device, dtype), torch.randn(outputs).to(device, dtype)
+
+
+def multiplied(weight: Tensor, packed: LinearWeight) -> Tensor:
+    """The numbers that are multiplied: of groups rounded to x's dtype."""
+    if packed.quantization is None:
+        return weight.double()
+    made = packed.dequantize()
+    grouped = packed.quantization.group is not None or packed.offset is not None
+    return (made.to(packed.dtype) if grouped else made).double()
+
+
+@FORMS
+@SHAPES
+@DTYPES
+def test_matches_the_reference(
+    device: str, outputs: int, inputs: int, counts: tuple[int, ...], how: Quantization | None, dtype: torch.dtype
+) -> None:
+    weight, bias = make(outputs, inputs, dtype, device)
+    packed = LinearWeight(weight, bias, how)
+    for rows in counts:
+        x = torch.randn(rows, inputs).to(device, dtype)
+        y = linear(x, packed, out=torch.full((rows, outputs), torch.nan, device=device))
+        wide = x.double()
+        if how and how.dynamic:
+            step = wide.abs().amax(1, keepdim=True) / 127
+            wide = (wide / step).round() * step
+        exact = linear_reference(wide, multiplied(weight, packed), bias.double())
+        # rows of int8 may round the other way where a fraction is a half but for its last bit
+        bound = 4e-6 if not (how and how.dynamic) else 4e-3
+        assert (y - exact).abs().amax() < bound * (1 + exact.abs().amax())
+        assert torch.equal(linear(x, packed), y.to(dtype))
+
+
+@FORMS
+@SHAPES
+def test_a_row_keeps_its_bits_in_tiles_of_every_size(
+    device: str, outputs: int, inputs: int, counts: tuple[int, ...], how: Quantization | None
+) -> None:
+    packed = LinearWeight(*make(outputs, inputs, torch.bfloat16, device), how)
+    x = torch.randn(max(counts) + 1, inputs).to(device, torch.bfloat16)
+    whole = linear(x, packed)
+    for rows in counts:
+        assert torch.equal(linear(x[:rows], packed), whole[:rows]), rows
+        assert torch.equal(linear(x[-rows:], packed), whole[-rows:]), rows
+
+
+@pytest.mark.parametrize("how", [None, Quantization(8), Quantization(4, 32, symmetric=False)])
+def test_ranges_side_by_side_and_in_turn_have_the_same_bits(
+    device: str, how: Quantization | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kernels.cuda import linear as cuda
+
+    packed = LinearWeight(*make(40, 1024, torch.bfloat16, device), how)
+    x = torch.randn(20, 1024).to(device, torch.bfloat16)
+    side_by_side = linear(x, packed)
+    monkeypatch.setattr(cuda, "_FEW_PROGRAMS", 0)
+    assert torch.equal(linear(x, packed), side_by_side)
+
+
+def test_integers_of_a_file_are_taken_as_they_are(device: str) -> None:
+    values = torch.randint(-8, 8, (20, 64), dtype=torch.int8, device=device)
+    scale = torch.rand(20, 2, device=device)
+    packed = LinearWeight.of_integers(Integers(4, values, scale), None, torch.bfloat16)
+    assert torch.equal(packed.dequantize(), (values.unflatten(1, (2, 32)) * scale[:, :, None]).flatten(1))
+    assert packed.num_bytes == 20 * 32 + 4 * 40
+
+
+@pytest.mark.parametrize(("bits", "greatest"), [(8, 448.0), (6, 28.0)])
+def test_small_floats_are_the_nearest_there_are(interpreter: None, bits: int, greatest: float) -> None:
+    how = Quantization(bits, floating=True)  # pyright: ignore[reportArgumentType]
+    numbers = floats_of(torch.arange(2 ** (bits - 1) - (bits == 8)).to(torch.int8), how.form)
+    assert numbers[-1] == greatest
+    assert (numbers.diff() > 0).all()
+    if bits == 8:
+        codes = torch.arange(127, dtype=torch.uint8)
+        assert torch.equal(numbers, codes.view(torch.float8_e4m3fn).float())
+    # with the greatest number in the row the scale is 1, or nearly
+    weight = torch.cat([torch.linspace(-greatest, greatest, 4095), torch.zeros(1)])[None]
+    made = LinearWeight(weight, None, how).dequantize()
+    assert torch.equal(made, weight.clone().apply_(lambda v: nearest(v, numbers)))
+    if bits == 8:
+        assert torch.equal(made, weight.to(torch.float8_e4m3fn).float())
+
+
+def nearest(value: float, numbers: Tensor) -> float:
+    """Of two, the one whose last bit is zero."""
+    distances = (numbers - abs(value)).abs()
+    best = (distances == distances.min()).nonzero().flatten().tolist()
+    return float(numbers[min(best, key=lambda i: i % 2)]) * (-1 if value < 0 else 1)
+
+
+def test_the_probe_passes(device: str) -> None:
+    probe_row_invariance(LinearWeight(*make(64, 128, torch.bfloat16, device)))
+
+
+def test_broken_contracts_are_refused() -> None:
+    weight = torch.randn(8, 64)
+    with pytest.raises(ValueError, match="fp8 is CUDA's alone"):
+        LinearWeight(weight, None, Quantization(8, floating=True))
+    with pytest.raises(ValueError, match="int8 with dynamic activations is CUDA's alone"):
+        LinearWeight(weight, None, Quantization(8, dynamic=True))
+    with pytest.raises(ValueError, match="bits must be 8 or 6 of a float"):
+        Quantization(4, floating=True)
+    with pytest.raises(ValueError, match="floats are symmetric"):
+        Quantization(8, symmetric=False, floating=True)
+    with pytest.raises(ValueError, match="dynamic activations need"):
+        Quantization(8, 32, dynamic=True)
