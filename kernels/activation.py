@@ -1,12 +1,19 @@
-"""Gated activations of a fused gate-and-up projection.
+"""Activations: gated, of a fused gate-and-up projection, and plain, with the bias of the projection before them.
 
-    gated_silu:      y = gate * sigmoid(gate) * up
-    gated_gelu_tanh: y = gelu(gate) * up,  gelu(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3)))
+    gated_silu, gated_gelu_tanh, gated_gelu:  y = f(gate) * up
+    activate:                                 y = f(x + bias)
+
+    silu       f(g) = g * sigmoid(g)
+    gelu_tanh  f(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3)))
+    gelu       f(g) = g / 2 * (1 + erf(g / sqrt(2)))
+    relu       f(g) = max(g, 0)
 
 gate_up  [rows, 2 * width], gate in the first half of a row and up in the second, contiguous, float32 or bfloat16
+x        [rows, width], contiguous, float32 or bfloat16
+bias     [width], x's dtype or float32
 y        [rows, width]
 
-float32 inside, rounded once at the end. Each element depends on its own gate and up alone.
+float32 inside, rounded once at the end. Each element depends on its own inputs alone.
 """
 
 from __future__ import annotations
@@ -16,19 +23,53 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.cpu import library
+from kernels.device import in_triton
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_SILU, _GELU_TANH = 0, 1
+_KINDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 
 
 def gated_silu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """silu(gate) * up (SwiGLU) -> [rows, width]. Raises ValueError when a tensor breaks the contract."""
-    return _launch(gate_up, _SILU, out)
+    return _gated(gate_up, "silu", out)
 
 
 def gated_gelu_tanh(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """gelu_tanh(gate) * up (GeGLU) -> [rows, width]. Raises ValueError when a tensor breaks the contract."""
-    return _launch(gate_up, _GELU_TANH, out)
+    return _gated(gate_up, "gelu_tanh", out)
+
+
+def gated_gelu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """gelu(gate) * up (GeGLU, exact) -> [rows, width]. Raises ValueError when a tensor breaks the contract."""
+    return _gated(gate_up, "gelu", out)
+
+
+def activate(x: Tensor, kind: str, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """f(x + bias) -> [rows, width], f by its name: silu, gelu_tanh, gelu or relu.
+
+    `out` may be x itself, to compute in place. Raises ValueError for another name or when a tensor breaks the contract.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
+    triton = in_triton("activate", x)
+    if x.dtype not in _DTYPES or x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(f"x must be contiguous float32 or bfloat16 [rows, width], got {x.dtype} {list(x.shape)}")
+    rows, width = x.shape
+    if bias is not None and (
+        bias.dtype not in (x.dtype, torch.float32) or bias.shape != (width,) or not bias.is_contiguous()
+    ):
+        raise ValueError(f"bias must be contiguous {x.dtype} or float32 [{width}], got {bias.dtype} {list(bias.shape)}")
+    out = _output(out, x, rows, width)
+    if triton:
+        from kernels.cuda.activation import activate as launch
+
+        launch(x, bias, out, kind)
+        return out
+    library.call("tandem_activation",
+        x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), rows, width, _DTYPES[x.dtype],
+        0 if bias is None else _DTYPES[bias.dtype], _KINDS[kind], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def gated_silu_reference(gate_up: Tensor) -> Tensor:
@@ -43,27 +84,43 @@ def gated_gelu_tanh_reference(gate_up: Tensor) -> Tensor:
     return functional.gelu(gate, approximate="tanh") * up
 
 
-def _launch(gate_up: Tensor, activation: int, out: Tensor | None) -> Tensor:
-    if gate_up.device.type != "cpu":
-        raise ValueError(f"gated activations run on: cpu; got a tensor on {gate_up.device}")
+def gated_gelu_reference(gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up in plain torch, in the dtype of its input."""
+    gate, up = gate_up.chunk(2, -1)
+    return functional.gelu(gate) * up
+
+
+def activate_reference(x: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
+    """f(x + bias) in plain torch, in the dtype of its inputs."""
+    biased = x if bias is None else x + bias
+    if kind == "gelu_tanh":
+        return functional.gelu(biased, approximate="tanh")
+    return {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}[kind](biased)
+
+
+def _gated(gate_up: Tensor, kind: str, out: Tensor | None) -> Tensor:
+    triton = in_triton(f"gated_{kind}", gate_up)
     dtype = gate_up.dtype
     if dtype not in _DTYPES or gate_up.dim() != 2 or gate_up.shape[1] % 2 or not gate_up.is_contiguous():
         raise ValueError(
             f"gate_up must be contiguous float32 or bfloat16 [rows, 2 * width], got {dtype} {list(gate_up.shape)}"
         )
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = _output(out, gate_up, rows, width)
+    if triton:
+        from kernels.cuda.activation import gated as launch
+
+        launch(gate_up, out, kind)
+        return out
+    library.call("tandem_gated_activation",
+        gate_up.data_ptr(), out.data_ptr(), rows, width, _DTYPES[dtype], _KINDS[kind], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _output(out: Tensor | None, x: Tensor, rows: int, width: int) -> Tensor:
     if out is None:
-        out = torch.empty(rows, width, dtype=dtype)
-    elif out.dtype != dtype or out.shape != (rows, width) or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous {dtype} [{rows}, {width}], got {out.dtype} {list(out.shape)}")
-    library.call(
-        "tandem_gated_activation",
-        gate_up.data_ptr(),
-        out.data_ptr(),
-        rows,
-        width,
-        _DTYPES[dtype],
-        activation,
-        torch.get_num_threads(),
-    )
+        return x.new_empty(rows, width)
+    if out.dtype != x.dtype or out.shape != (rows, width) or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous {x.dtype} [{rows}, {width}], got {out.dtype} {list(out.shape)}")
     return out

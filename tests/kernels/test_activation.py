@@ -1,4 +1,4 @@
-"""Gated activations against their float64 references, and the accuracy of the exponential under them and attention."""
+"""Activations against their float64 references, and the accuracy of the exponential under them and attention."""
 
 from __future__ import annotations
 
@@ -8,41 +8,101 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.activation import gated_gelu_tanh, gated_gelu_tanh_reference, gated_silu, gated_silu_reference
+from kernels.activation import (
+    activate,
+    activate_reference,
+    gated_gelu,
+    gated_gelu_reference,
+    gated_gelu_tanh,
+    gated_gelu_tanh_reference,
+    gated_silu,
+    gated_silu_reference,
+)
 from kernels.cpu import library
 
-BOTH = pytest.mark.parametrize(
+GATED = pytest.mark.parametrize(
     ("activation", "reference"),
-    [(gated_silu, gated_silu_reference), (gated_gelu_tanh, gated_gelu_tanh_reference)],
-    ids=["silu", "gelu_tanh"],
+    [
+        (gated_silu, gated_silu_reference),
+        (gated_gelu_tanh, gated_gelu_tanh_reference),
+        (gated_gelu, gated_gelu_reference),
+    ],
+    ids=["silu", "gelu_tanh", "gelu"],
 )
+KINDS = pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu", "relu"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 8e-3}
 
 
-@BOTH
+@GATED
 @DTYPES
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (1, 1536), (50, 1537)])
 def test_matches_the_reference(
-    activation: Callable[..., Tensor], reference: Callable[[Tensor], Tensor], rows: int, width: int, dtype: torch.dtype
+    on: str,
+    activation: Callable[..., Tensor],
+    reference: Callable[[Tensor], Tensor],
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
 ) -> None:
     torch.manual_seed(width)
-    gate_up = (4 * torch.randn(rows, 2 * width)).to(dtype)
-    out = torch.full((rows, width), torch.nan, dtype=dtype)
+    gate_up = (4 * torch.randn(rows, 2 * width)).to(on, dtype)
+    out = torch.full((rows, width), torch.nan, dtype=dtype, device=on)
     assert activation(gate_up, out=out) is out
-    tolerance = 4e-6 if dtype == torch.float32 else 8e-3
-    torch.testing.assert_close(out.double(), reference(gate_up.double()), atol=1e-6, rtol=tolerance)
+    torch.testing.assert_close(out.double(), reference(gate_up.double()), atol=1e-6, rtol=TOLERANCE[dtype])
 
 
-@BOTH
-def test_extremes(activation: Callable[..., Tensor], reference: Callable[[Tensor], Tensor]) -> None:
-    gate = torch.tensor([-1e30, -1000.0, -90.0, 0.0, 90.0, 1000.0, torch.nan])
+@KINDS
+@DTYPES
+@pytest.mark.parametrize("bias_dtype", ["none", "own", "float32"])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (9, 1025)])
+def test_plain_ones_match_the_reference(
+    on: str, kind: str, rows: int, width: int, bias_dtype: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(width)
+    x, bias = (4 * torch.randn(rows, width)).to(on, dtype), torch.randn(width).to(on, dtype)
+    if bias_dtype == "float32":
+        bias = bias.float()
+    given, wide = (None, None) if bias_dtype == "none" else (bias, bias.double())
+    out = torch.full_like(x, torch.nan)
+    assert activate(x, kind, given, out=out) is out
+    torch.testing.assert_close(
+        out.double(), activate_reference(x.double(), kind, wide), atol=1e-6, rtol=TOLERANCE[dtype]
+    )
+    assert activate(x, kind, given, out=x) is x
+    assert torch.equal(x, out)
+
+
+def test_gelu_keeps_the_digits_of_its_negative_side(on: str) -> None:
+    x = torch.linspace(-8, 8, 40_001, device=on)[None]
+    exact = x.double() * torch.special.erfc(-x.double() * 0.5**0.5) / 2
+    y = activate(x, "gelu")
+    torch.testing.assert_close(y.double(), exact, atol=0, rtol=6e-6)  # the rounding of x^2 / 2 alone costs 2e-6
+    near = x.abs() < 1
+    torch.testing.assert_close(y.double()[near], exact[near], atol=0, rtol=6e-7)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, under the interpreter
+@GATED
+def test_extremes(on: str, activation: Callable[..., Tensor], reference: Callable[[Tensor], Tensor]) -> None:
+    gate = torch.tensor([-1e30, -1000.0, -90.0, 0.0, 90.0, 1000.0, torch.nan], device=on)
     gate_up = torch.cat([gate, torch.ones_like(gate)])[None]
     out = activation(gate_up)
     assert out[0, -1].isnan()
-    torch.testing.assert_close(out[0, 1:-1], torch.tensor([0.0, 0.0, 0.0, 90.0, 1000.0]))
+    torch.testing.assert_close(out[0, 1:-1].cpu(), torch.tensor([0.0, 0.0, 0.0, 90.0, 1000.0]))
+    torch.testing.assert_close(out[0, 0].item(), 0.0, atol=1e-7, rtol=0)
 
 
-@BOTH
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@KINDS
+def test_extremes_of_plain_ones(on: str, kind: str) -> None:
+    x = torch.tensor([[-1e30, -1000.0, -90.0, 0.0, 90.0, 1000.0, 1e30, torch.nan]], device=on)
+    out = activate(x, kind)[0].cpu()
+    assert out[-1].isnan()
+    torch.testing.assert_close(out[:-1], torch.tensor([0.0, 0.0, 0.0, 0.0, 90.0, 1000.0, 1e30]), atol=1e-7, rtol=0)
+
+
+@GATED
 def test_a_row_keeps_its_bits_among_others_and_on_any_number_of_threads(
     activation: Callable[..., Tensor], reference: Callable[[Tensor], Tensor]
 ) -> None:
@@ -57,6 +117,24 @@ def test_a_row_keeps_its_bits_among_others_and_on_any_number_of_threads(
         torch.set_num_threads(before)
     for rows in (1, 2, 3, 17):
         assert torch.equal(activation(gate_up[-rows:]), whole[-rows:])
+
+
+@KINDS
+@DTYPES
+def test_a_plain_row_keeps_its_bits_among_others(on: str, kind: str, dtype: torch.dtype) -> None:
+    x, bias = torch.randn(20, 1030).to(on, dtype), torch.randn(1030).to(on, dtype)
+    gated_one = {"silu": gated_silu, "gelu_tanh": gated_gelu_tanh, "gelu": gated_gelu}.get(kind)
+    whole = activate(x, kind, bias)
+    for rows in (1, 2, 3, 7):
+        assert torch.equal(activate(x[-rows:], kind, bias), whole[-rows:])
+    if gated_one is not None:  # one formula: a gate beside ones, or beside other rows
+        assert torch.equal(gated_one(torch.cat([x, torch.ones_like(x)], 1)), activate(x, kind))
+        assert torch.equal(gated_one(torch.cat([x, torch.ones_like(x)], 1)[-3:]), activate(x, kind)[-3:])
+
+
+def test_no_rows_are_no_work(on: str) -> None:
+    assert gated_silu(torch.empty(0, 64, device=on)).shape == (0, 32)
+    assert activate(torch.empty(0, 64, device=on), "gelu").shape == (0, 64)
 
 
 def test_exponential_is_within_two_ulp() -> None:
@@ -79,5 +157,18 @@ def test_broken_contracts_are_refused() -> None:
         gated_silu(gate_up[:, :31])
     with pytest.raises(ValueError, match="out must be"):
         gated_silu(gate_up, out=torch.empty(4, 32))
-    with pytest.raises(ValueError, match="run on: cpu"):
+    with pytest.raises(ValueError, match="runs on: cpu, cuda"):
         gated_silu(gate_up.to("meta"))
+    x = torch.randn(4, 32)
+    with pytest.raises(ValueError, match="one of silu, gelu_tanh, gelu, relu, got 'swish'"):
+        activate(x, "swish")
+    with pytest.raises(ValueError, match="x must be"):
+        activate(x.t(), "relu")
+    with pytest.raises(ValueError, match="bias must be"):
+        activate(x, "relu", x[0, :31])
+    with pytest.raises(ValueError, match="bias must be"):
+        activate(x, "relu", x[0].double())
+    with pytest.raises(ValueError, match="out must be"):
+        activate(x, "relu", out=x[:3])
+    with pytest.raises(ValueError, match="runs on: cpu, cuda"):
+        activate(x.to("meta"), "relu")
