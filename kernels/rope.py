@@ -3,12 +3,13 @@
     rotate-half (Su et al. 2021, arXiv:2104.09864, in the half-split order of Llama checkpoints), for i < rotary / 2:
         y[i]              = x[i] * cos[p, i] - x[i + rotary / 2] * sin[p, i]
         y[i + rotary / 2] = x[i + rotary / 2] * cos[p, i] + x[i] * sin[p, i]
+    interleaved (the order of the paper and of GPT-J): the same of x[2i] and x[2i + 1]
 
 Dimensions from `rotary` on pass through. With q_norm and k_norm, each head is first RMS-normalised (Qwen 3).
 
     qkv          [tokens, (heads + 2 * kv_heads) * head_dim]: q heads, k heads, v heads
-    cos_sin      [max_positions, rotary] float32: cos in the first half of a row, sin in the second, any attention
-                 factor multiplied in
+    cos_sin      [max_positions, rotary] float32: cos in the first half of a row, sin in the second, of frequencies
+                 scaled as the model wants them, any attention factor multiplied in
     positions    [tokens] int32, absolute
     slots        [tokens] int64, block * block_tokens + offset: where k and v go
     k_cache      [blocks, kv_heads, block_tokens, head_dim], any strides but the last; v_cache alike
@@ -17,6 +18,9 @@ Dimensions from `rotary` on pass through. With q_norm and k_norm, each head is f
 
 float32 inside, rounded once at the end. A token's bits depend on that token alone. Two tokens of one call may
 only share a slot of the null block, whose content nobody reads.
+
+On CUDA nobody waits for the values of positions and slots: a token with one out of range is left out, with nothing
+of it read or written, its row of q included.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import library
+from kernels.device import in_triton
 from kernels.rms_norm import rms_norm_reference
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -43,29 +48,37 @@ def rope_and_cache(
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    interleaved: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Rotates q and k, writes k and v into the cache, returns q; see the module for shapes.
 
     float32 or bfloat16 (qkv and caches alike); head_dim a multiple of 8, rotary even and at most head_dim. Raises
-    ValueError when a tensor breaks the contract and IndexError, with nothing written, when a position or slot is out
-    of range.
+    ValueError when a tensor breaks the contract and, on a CPU, IndexError, with nothing written, when a position or
+    slot is out of range.
     """
+    triton = in_triton("rope_and_cache", qkv)
     tokens = qkv.shape[0]
     num_blocks, _, block_tokens, head_dim = k_cache.shape
     _check(qkv, cos_sin, positions, slots, k_cache, v_cache, num_heads, num_kv_heads, q_norm, k_norm)
     if out is None:
-        out = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype)
+        out = qkv.new_empty(tokens, num_heads, head_dim)
     elif out.dtype != qkv.dtype or out.shape != (tokens, num_heads, head_dim) or not out.is_contiguous():
         raise ValueError(
             f"out must be contiguous {qkv.dtype} [{tokens}, {num_heads}, {head_dim}], got {out.dtype} {list(out.shape)}"
         )
+    if triton:
+        from kernels.cuda.rope import rope_and_cache as launch
+
+        launch(qkv, cos_sin, positions, slots, k_cache, v_cache, q_norm, k_norm, eps, interleaved, out)
+        return out
     failed = library.call("tandem_rope_and_cache",
         qkv.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(), slots.data_ptr(),
         out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), *k_cache.stride()[:3], *v_cache.stride()[:3],
         tokens, num_heads, num_kv_heads, head_dim, cos_sin.shape[1], cos_sin.shape[0], num_blocks, block_tokens,
         None if q_norm is None else q_norm.data_ptr(), None if k_norm is None else k_norm.data_ptr(),
-        float(eps), 0 if q_norm is None else _DTYPES[q_norm.dtype], _DTYPES[qkv.dtype], torch.get_num_threads(),
+        float(eps), 0 if q_norm is None else _DTYPES[q_norm.dtype], _DTYPES[qkv.dtype],
+        int(interleaved), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         token = failed - 1
@@ -88,6 +101,8 @@ def rope_and_cache_reference(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    *,
+    interleaved: bool = False,
 ) -> Tensor:
     """The same in plain torch, in the dtype of its inputs (float64 for tests)."""
     _, _, block_tokens, head_dim = k_cache.shape
@@ -98,8 +113,11 @@ def rope_and_cache_reference(
     cosine, sine = cos_sin[positions.long()][:, None].chunk(2, -1)  # each [tokens, 1, rotary / 2]
 
     def rotate(x: Tensor) -> Tensor:
-        low, high, rest = x.tensor_split([cos_sin.shape[1] // 2, cos_sin.shape[1]], -1)
-        return torch.cat([low * cosine - high * sine, high * cosine + low * sine, rest], -1)
+        rotated, rest = x.tensor_split([cos_sin.shape[1]], -1)
+        low, high = (rotated[..., ::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, -1)
+        low, high = low * cosine - high * sine, high * cosine + low * sine
+        rotated = torch.stack([low, high], -1).flatten(-2) if interleaved else torch.cat([low, high], -1)
+        return torch.cat([rotated, rest], -1)
 
     blocks, offsets = slots // block_tokens, slots % block_tokens
     k_cache[blocks, :, offsets] = rotate(k)
@@ -119,8 +137,6 @@ def _check(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
 ) -> None:
-    if qkv.device.type != "cpu":
-        raise ValueError(f"rope_and_cache runs on: cpu; got a tensor on {qkv.device}")
     dtype, tokens, head_dim = qkv.dtype, qkv.shape[0], k_cache.shape[3]
     if dtype not in _DTYPES or k_cache.dtype != dtype or v_cache.dtype != dtype:
         raise ValueError(

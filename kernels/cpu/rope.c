@@ -1,7 +1,9 @@
 /* Splits a fused qkv row into heads, optionally RMS-normalises each q and k head, rotates q and k by their position
- * (rotate-half), and writes k and v into the paged cache and q into its own buffer. */
+ * (rotate-half, or neighbours), and writes k and v into the paged cache and q into its own buffer. */
 #include "simd.h"
 #include "team.h"
+
+typedef int32_t i32x8 __attribute__((vector_size(32)));
 
 typedef struct {
     const void *weight; /* [head_dim] or NULL: no norm */
@@ -9,9 +11,38 @@ typedef struct {
     float eps;
 } HeadNorm;
 
+/* The n (1 to 8) pairs from i on of the rotated dimensions, which begin at base[start]: (i, half + i), or (2i, 2i + 1) where
+ * interleaved. And back. */
+INLINE void read_pairs(
+    const void *base, int64_t start, int64_t i, int64_t n, int64_t half, int dtype, int interleaved, v8 *low, v8 *high
+) {
+    if (interleaved) {
+        v8 first = read8(base, start + 2 * i, n < 4 ? 2 * n : 8, dtype), second = {0};
+        if (n > 4) second = read8(base, start + 2 * i + 8, 2 * n - 8, dtype);
+        *low = __builtin_shuffle(first, second, (i32x8){0, 2, 4, 6, 8, 10, 12, 14});
+        *high = __builtin_shuffle(first, second, (i32x8){1, 3, 5, 7, 9, 11, 13, 15});
+    } else {
+        *low = read8(base, start + i, n, dtype);
+        *high = read8(base, start + half + i, n, dtype);
+    }
+}
+
+INLINE void write_pairs(
+    void *base, int64_t start, int64_t i, int64_t n, int64_t half, int dtype, int interleaved, v8 low, v8 high
+) {
+    if (interleaved) {
+        write8(base, start + 2 * i, n < 4 ? 2 * n : 8, dtype, __builtin_shuffle(low, high, (i32x8){0, 8, 1, 9, 2, 10, 3, 11}));
+        if (n > 4)
+            write8(base, start + 2 * i + 8, 2 * n - 8, dtype, __builtin_shuffle(low, high, (i32x8){4, 12, 5, 13, 6, 14, 7, 15}));
+    } else {
+        write8(base, start + i, n, dtype, low);
+        write8(base, start + half + i, n, dtype, high);
+    }
+}
+
 /* One head: x (head_dim elements at start) -> y. cos and sin are [rotary/2] float32; dimensions from rotary on pass through. */
 INLINE void head(const void *x, int64_t start, void *y, int64_t y_start, int64_t head_dim, int64_t rotary,
-                 const float *cosine, const float *sine, HeadNorm norm, int dtype) {
+                 const float *cosine, const float *sine, HeadNorm norm, int dtype, int interleaved) {
     float inverse = 1.0f;
     if (norm.weight) {
         v8 sums[2] = {{0}, {0}};
@@ -24,14 +55,16 @@ INLINE void head(const void *x, int64_t start, void *y, int64_t y_start, int64_t
     int64_t half = rotary / 2;
     for (int64_t i = 0; i < half; i += 8) {
         int64_t n = half - i < 8 ? half - i : 8;
-        v8 low = read8(x, start + i, n, dtype), high = read8(x, start + half + i, n, dtype);
+        v8 low, high;
+        read_pairs(x, start, i, n, half, dtype, interleaved, &low, &high);
         if (norm.weight) {
-            low = low * inverse * read8(norm.weight, i, n, norm.dtype);
-            high = high * inverse * read8(norm.weight, half + i, n, norm.dtype);
+            v8 low_weight, high_weight;
+            read_pairs(norm.weight, 0, i, n, half, norm.dtype, interleaved, &low_weight, &high_weight);
+            low = low * inverse * low_weight;
+            high = high * inverse * high_weight;
         }
         v8 c = read8(cosine, i, n, FLOAT32), s = read8(sine, i, n, FLOAT32);
-        write8(y, y_start + i, n, dtype, low * c - high * s);
-        write8(y, y_start + half + i, n, dtype, high * c + low * s);
+        write_pairs(y, y_start, i, n, half, dtype, interleaved, low * c - high * s, high * c + low * s);
     }
     for (int64_t i = rotary; i < head_dim; i += 8) {
         int64_t n = head_dim - i < 8 ? head_dim - i : 8;
@@ -50,19 +83,21 @@ typedef struct {
     int64_t k_strides[3], v_strides[3]; /* of blocks, heads, tokens */
     int64_t tokens, num_heads, num_kv_heads, head_dim, rotary, block_tokens, strip;
     HeadNorm q_norm, k_norm;
-    int dtype;
+    int dtype, interleaved;
 } Rope;
 
-INLINE void token(const Rope *job, int64_t t, int dtype) {
+INLINE void token(const Rope *job, int64_t t, int dtype, int interleaved) {
     int64_t head_dim = job->head_dim, rotary = job->rotary;
     const float *cosine = job->cos_sin + job->positions[t] * rotary, *sine = cosine + rotary / 2;
     int64_t start = t * (job->num_heads + 2 * job->num_kv_heads) * head_dim;
     int64_t block = job->slots[t] / job->block_tokens, offset = job->slots[t] % job->block_tokens;
     for (int64_t h = 0; h < job->num_heads; h++, start += head_dim)
-        head(job->qkv, start, job->q, (t * job->num_heads + h) * head_dim, head_dim, rotary, cosine, sine, job->q_norm, dtype);
+        head(job->qkv, start, job->q, (t * job->num_heads + h) * head_dim, head_dim, rotary, cosine, sine, job->q_norm, dtype,
+             interleaved);
     const int64_t *k = job->k_strides, *v = job->v_strides;
     for (int64_t h = 0; h < job->num_kv_heads; h++, start += head_dim)
-        head(job->qkv, start, job->k_cache, block * k[0] + h * k[1] + offset * k[2], head_dim, rotary, cosine, sine, job->k_norm, dtype);
+        head(job->qkv, start, job->k_cache, block * k[0] + h * k[1] + offset * k[2], head_dim, rotary, cosine, sine, job->k_norm, dtype,
+             interleaved);
     for (int64_t h = 0; h < job->num_kv_heads; h++, start += head_dim)
         memcpy((void *)at(job->v_cache, block * v[0] + h * v[1] + offset * v[2], dtype), at(job->qkv, start, dtype),
                (size_t)(head_dim * bytes_of(dtype)));
@@ -72,14 +107,15 @@ static void strip_chunk(const void *argument, int64_t chunk) {
     const Rope *job = argument;
     int64_t end = (chunk + 1) * job->strip < job->tokens ? (chunk + 1) * job->strip : job->tokens;
     for (int64_t t = chunk * job->strip; t < end; t++) {
-        if (job->dtype == BFLOAT16) token(job, t, BFLOAT16);
-        else token(job, t, FLOAT32);
+        if (job->interleaved) token(job, t, job->dtype, 1);
+        else if (job->dtype == BFLOAT16) token(job, t, BFLOAT16, 0);
+        else token(job, t, FLOAT32, 0);
     }
 }
 
 /* qkv, cos_sin, positions, slots, q, k_cache, v_cache; strides of both caches; tokens, num_heads, num_kv_heads, head_dim,
- * rotary, max_positions, num_blocks, block_tokens; q_norm and k_norm or NULL; eps; dtypes of the norms and the rest; threads.
- * Returns 0, or 1 + the first token whose position or slot is out of range (nothing is written then). */
+ * rotary, max_positions, num_blocks, block_tokens; q_norm and k_norm or NULL; eps; dtypes of the norms and the rest;
+ * interleaved; threads. Returns 0, or 1 + the first token whose position or slot is out of range (nothing is written then). */
 int64_t tandem_rope_and_cache(const Arg *a) {
     const int32_t *positions = a[2].p;
     const int64_t *slots = a[3].p;
@@ -90,8 +126,8 @@ int64_t tandem_rope_and_cache(const Arg *a) {
     Rope job = {
         a[0].p, a[1].p, positions, slots, a[4].p, a[5].p, a[6].p, {a[7].i, a[8].i, a[9].i}, {a[10].i, a[11].i, a[12].i},
         tokens, a[14].i, a[15].i, a[16].i, a[17].i, a[20].i, strip_of((a[14].i + 2 * a[15].i) * a[16].i),
-        {a[21].p, (int)a[24].i, eps}, {a[22].p, (int)a[24].i, eps}, (int)a[25].i,
+        {a[21].p, (int)a[24].i, eps}, {a[22].p, (int)a[24].i, eps}, (int)a[25].i, (int)a[26].i,
     };
-    team_run(a[26].i, (tokens + job.strip - 1) / job.strip, strip_chunk, &job);
+    team_run(a[27].i, (tokens + job.strip - 1) / job.strip, strip_chunk, &job);
     return 0;
 }

@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import device
 from kernels.rope import rope_and_cache, rope_and_cache_reference
 
 BLOCK_TOKENS, BLOCKS = 16, 40
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+TRITON = pytest.mark.parametrize(
+    "on", ["triton, interpreted", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True
+)
 
 
 def make_cos_sin(rotary: int, positions: int = 512) -> Tensor:
@@ -18,13 +22,16 @@ def make_cos_sin(rotary: int, positions: int = 512) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], 1).float()
 
 
-def make_caches(kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    pool = torch.full((BLOCKS, 2, 2, kv_heads, BLOCK_TOKENS, head_dim), torch.nan, dtype=dtype)
+def make_caches(kv_heads: int, head_dim: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    pool = torch.full((BLOCKS, 2, 2, kv_heads, BLOCK_TOKENS, head_dim), torch.nan, dtype=dtype, device=device)
     return pool[:, 1, 0], pool[:, 1, 1]
 
 
 @DTYPES
-@pytest.mark.parametrize("normed", [False, True], ids=["plain", "qk_norm"])
+@pytest.mark.parametrize(
+    ("interleaved", "norm_dtype"),
+    [(False, "none"), (False, "own"), (True, "none"), (True, "own"), (True, "float32")],
+)
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "head_dim", "rotary"),
     [
@@ -33,43 +40,109 @@ def make_caches(kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tenso
         (5, 8, 1, 80, 32),
         (130, 16, 2, 128, 128),
         (3, 2, 1, 24, 6),
+        (2, 2, 5, 40, 26),
         (2, 3, 1, 256, 256),
     ],
 )
 def test_matches_the_reference(
-    tokens: int, heads: int, kv_heads: int, head_dim: int, rotary: int, normed: bool, dtype: torch.dtype
+    on: str,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rotary: int,
+    norm_dtype: str,
+    interleaved: bool,
+    dtype: torch.dtype,
 ) -> None:
+    if device.INTERPRETED:  # milliseconds for each program
+        tokens = min(tokens, 3)
     torch.manual_seed(tokens)
-    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim).to(dtype)
-    cos_sin = make_cos_sin(rotary)
-    positions = torch.randint(0, 512, (tokens,), dtype=torch.int32)
-    slots = torch.randperm(BLOCKS * BLOCK_TOKENS)[:tokens]
-    q_norm, k_norm = torch.randn(2, head_dim).to(dtype) if normed else (None, None)
-    k_cache, v_cache = make_caches(kv_heads, head_dim, dtype)
-    out = torch.full((tokens, heads, head_dim), torch.nan, dtype=dtype)
-    q = rope_and_cache(qkv, cos_sin, positions, slots, k_cache, v_cache, heads, kv_heads, q_norm, k_norm, 1e-6, out=out)
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim).to(on, dtype)
+    cos_sin = make_cos_sin(rotary).to(on)
+    positions = torch.randint(0, 512, (tokens,), dtype=torch.int32).to(on)
+    slots = torch.randperm(BLOCKS * BLOCK_TOKENS)[:tokens].to(on)
+    q_norm, k_norm, wide_q_norm, wide_k_norm = None, None, None, None
+    if norm_dtype != "none":
+        q_norm, k_norm = torch.randn(2, head_dim).to(on, dtype).to(dtype if norm_dtype == "own" else torch.float32)
+        wide_q_norm, wide_k_norm = q_norm.double(), k_norm.double()
+    k_cache, v_cache = make_caches(kv_heads, head_dim, dtype, on)
+    out = torch.full((tokens, heads, head_dim), torch.nan, dtype=dtype, device=on)
+    q = rope_and_cache(
+        qkv, cos_sin, positions, slots, k_cache, v_cache, heads, kv_heads, q_norm, k_norm, 1e-6,
+        interleaved=interleaved, out=out,
+    )  # fmt: skip
     assert q is out
 
-    wide_k, wide_v = make_caches(kv_heads, head_dim, torch.float64)
-    wide_q_norm, wide_k_norm = (None, None) if q_norm is None or k_norm is None else (q_norm.double(), k_norm.double())
+    wide_k, wide_v = make_caches(kv_heads, head_dim, torch.float64, on)
     expected = rope_and_cache_reference(
-        qkv.double(),
-        cos_sin.double(),
-        positions,
-        slots,
-        wide_k,
-        wide_v,
-        heads,
-        kv_heads,
-        wide_q_norm,
-        wide_k_norm,
-        1e-6,
-    )
+        qkv.double(), cos_sin.double(), positions, slots, wide_k, wide_v, heads, kv_heads, wide_q_norm, wide_k_norm,
+        1e-6, interleaved=interleaved,
+    )  # fmt: skip
     tolerance = 2e-6 if dtype == torch.float32 else 8e-3
     torch.testing.assert_close(q.double(), expected, atol=tolerance, rtol=tolerance)
     # equal_nan: every other slot still holds its poison
     torch.testing.assert_close(k_cache.double(), wide_k, atol=tolerance, rtol=tolerance, equal_nan=True)
     torch.testing.assert_close(v_cache.double(), wide_v, atol=0, rtol=0, equal_nan=True)
+
+
+def test_interleaved_is_rotate_half_of_reordered_dimensions(on: str) -> None:
+    head_dim, rotary = 24, 12
+    order = torch.cat([torch.arange(0, rotary, 2), torch.arange(1, rotary, 2), torch.arange(rotary, head_dim)])
+    qkv, cos_sin = torch.randn(3, 3, head_dim).to(on), make_cos_sin(rotary).to(on)
+    positions, slots = torch.tensor([5, 0, 99], dtype=torch.int32).to(on), torch.tensor([16, 17, 90]).to(on)
+    caches, reordered = make_caches(1, head_dim, torch.float32, on), make_caches(1, head_dim, torch.float32, on)
+    q = rope_and_cache(qkv.flatten(1), cos_sin, positions, slots, *caches, 1, 1, interleaved=True)
+    halves = rope_and_cache(qkv[..., order].flatten(1), cos_sin, positions, slots, *reordered, 1, 1)
+    assert torch.equal(q[..., order], halves)
+    assert torch.equal(caches[0][..., order].nan_to_num(), reordered[0].nan_to_num())
+
+
+def test_caches_may_have_strides_of_their_own(on: str) -> None:
+    torch.manual_seed(1)
+    # tokens before heads in one, padded heads in the other
+    k_cache = torch.full((6, 4, 3, 16), torch.nan, device=on).transpose(1, 2)
+    v_cache = torch.full((6, 4, 4, 40), torch.nan, device=on)[:, 1:, :, 8:24]
+    plain = [torch.full((6, 3, 4, 16), torch.nan, device=on) for _ in "kv"]
+    qkv, cos_sin = torch.randn(5, 11 * 16).to(on), make_cos_sin(16).to(on)
+    positions, slots = torch.arange(5, dtype=torch.int32).to(on), torch.tensor([23, 4, 5, 0, 13]).to(on)
+    q = rope_and_cache(qkv, cos_sin, positions, slots, k_cache, v_cache, 5, 3)
+    assert torch.equal(q, rope_and_cache(qkv, cos_sin, positions, slots, *plain, 5, 3))
+    for cache, other in ((k_cache, plain[0]), (v_cache, plain[1])):
+        torch.testing.assert_close(cache, other, atol=0, rtol=0, equal_nan=True)
+
+
+@TRITON
+@pytest.mark.parametrize(("position", "slot"), [(-1, 20), (512, 20), (3, -1), (3, BLOCKS * BLOCK_TOKENS), (3, 2**62)])
+def test_triton_leaves_a_token_out_of_range_out(on: str, position: int, slot: int) -> None:
+    qkv, cos_sin = torch.randn(3, 4 * 16).to(on), make_cos_sin(16).to(on)
+    positions = torch.tensor([7, position, 9], dtype=torch.int32).to(on)
+    slots = torch.tensor([16, slot, 33]).to(on)
+    caches = make_caches(1, 16, torch.float32, on)
+    out = torch.full((3, 2, 16), torch.nan, device=on)
+    rope_and_cache(qkv, cos_sin, positions, slots, *caches, 2, 1, out=out)
+    assert out[1].isnan().all()
+    kept, others = torch.tensor([0, 2]).to(on), make_caches(1, 16, torch.float32, on)
+    assert torch.equal(out[kept], rope_and_cache(qkv[kept], cos_sin, positions[kept], slots[kept], *others, 2, 1))
+    for cache, other in zip(caches, others, strict=True):
+        torch.testing.assert_close(cache, other, atol=0, rtol=0, equal_nan=True)
+
+
+@DTYPES
+def test_a_token_keeps_its_bits_among_others(on: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tokens, head_dim = 5, 64
+    qkv, cos_sin = torch.randn(tokens, 15 * head_dim).to(on, dtype), make_cos_sin(head_dim).to(on)
+    positions, slots = torch.arange(tokens, dtype=torch.int32).to(on), torch.arange(tokens).to(on) * 7
+    norms = torch.randn(2, head_dim).to(on, dtype)
+    results = []
+    for chunk in (tokens, 1, 3):
+        caches = make_caches(3, head_dim, dtype, on)
+        cuts = [slice(i, i + chunk) for i in range(0, tokens, chunk)]
+        q = [rope_and_cache(qkv[c], cos_sin, positions[c], slots[c], *caches, 9, 3, *norms) for c in cuts]
+        results.append((torch.cat(q), *(cache.nan_to_num() for cache in caches)))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 @DTYPES
@@ -124,7 +197,7 @@ def test_broken_contracts_are_refused() -> None:
         (ValueError, "positions must be", {"positions": torch.zeros(2, dtype=torch.int64)}),
         (ValueError, "slots must be", {"slots": torch.zeros(3, dtype=torch.int64)}),
         (ValueError, "come together", {"q_norm": torch.ones(8)}),
-        (ValueError, "runs on: cpu", {"qkv": torch.zeros(2, 24, device="meta")}),
+        (ValueError, "runs on: cpu, cuda", {"qkv": torch.zeros(2, 24, device="meta")}),
         (IndexError, "token 1: position 512", {"positions": torch.tensor([0, 512], dtype=torch.int32)}),
         (IndexError, "token 0: position 0 .* slot 640", {"slots": torch.tensor([640, 0])}),
     ):
