@@ -31,22 +31,17 @@ def _rotate(
     sine = tl.load(cos_sin + half + pair, pair < half, other=0.0)[None, :]
     first = tl.load(x + low[None, :], rotated, other=0.0).to(tl.float32)
     second = tl.load(x + high[None, :], rotated, other=0.0).to(tl.float32)
-    if ROTARY < HEAD_DIM:
-        others = tl.load(x + rest[None, :], passed, other=0.0).to(tl.float32)
+    others = tl.load(x + rest[None, :], passed, other=0.0).to(tl.float32)
     if NORMED:
-        squares = tl.sum(first * first + second * second, 1)
-        if ROTARY < HEAD_DIM:
-            squares += tl.sum(others * others, 1)
+        squares = tl.sum(first * first + second * second, 1) + tl.sum(others * others, 1)
         inverse = (1.0 / tl.sqrt_rn(squares / HEAD_DIM + eps))[:, None]
         first = first * inverse * tl.load(norm + low, pair < half, other=0.0).to(tl.float32)[None, :]
         second = second * inverse * tl.load(norm + high, pair < half, other=0.0).to(tl.float32)[None, :]
-        if ROTARY < HEAD_DIM:
-            others = others * inverse * tl.load(norm + rest, rest < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+        others = others * inverse * tl.load(norm + rest, rest < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
     dtype: tl.constexpr = y.dtype.element_ty
     tl.store(y + low[None, :], narrow(first * cosine - second * sine, dtype), rotated)
     tl.store(y + high[None, :], narrow(second * cosine + first * sine, dtype), rotated)
-    if ROTARY < HEAD_DIM:
-        tl.store(y + rest[None, :], narrow(others, dtype), passed)
+    tl.store(y + rest[None, :], narrow(others, dtype), passed)
 
 
 @triton.jit
