@@ -233,7 +233,7 @@ def probe_row_invariance(weight: LinearWeight) -> None:
     Raises RuntimeError naming the row counts that differ.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(max(_PROBE_ROWS), weight.in_features, generator=generator).to(weight.dtype)
+    x = torch.randn(max(_PROBE_ROWS), weight.in_features, generator=generator).to(weight.packed.device, weight.dtype)
     expected = linear(x, weight)
     differing = [
         rows

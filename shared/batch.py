@@ -1,7 +1,7 @@
 """The flat inputs of one forward: sequences of any lengths, back to back."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -38,6 +38,7 @@ class RaggedBatch:
     block_tables: Tensor  # [seqs, max_blocks] int32, rows filled up with the null block
     slots: Tensor  # [tokens] int64, block * block_tokens + offset where keys and values are written
     logit_rows: Tensor  # [n] int64, flat rows whose logits are wanted, in order
+    max_query_len: int  # tokens of the longest entry
 
     @property
     def num_tokens(self) -> int:
@@ -48,7 +49,11 @@ class RaggedBatch:
         return self.context_lens.shape[0]
 
     def to(self, device: torch.device | str) -> "RaggedBatch":
-        return RaggedBatch(*(getattr(self, field).to(device) for field in self.__dataclass_fields__))
+        """The same on a device; itself if it is there."""
+        if self.token_ids.device == torch.device(device):
+            return self
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 def build_batch(entries: Sequence[BatchEntry], block_tokens: int) -> RaggedBatch:
@@ -82,6 +87,7 @@ def build_batch(entries: Sequence[BatchEntry], block_tokens: int) -> RaggedBatch
         block_tables=torch.from_numpy(tables),
         slots=torch.from_numpy(blocks * block_tokens + positions % block_tokens),
         logit_rows=torch.tensor(_logit_rows(entries, cu_seqlens), dtype=torch.int64),
+        max_query_len=int(lengths.max(initial=0)),
     )
 
 

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from kernels.device import in_triton
 from shared.batch import BatchEntry, RaggedBatch, build_batch
 from shared.checkpoint import open_checkpoint
 from shared.config import ConfigError, DecodeConfig, PrefillConfig, QuantizationMode, TandemConfig
@@ -26,6 +27,7 @@ from shared.models.architecture import Architecture
 from shared.models.decoder import Decoder
 from shared.models.weights import DecoderWeights, load_weights, packing_of
 from shared.packed_weights import MIN_BYTES, share_packed
+from shared.penalties import SampleRow
 from shared.policies.table import architecture_of
 from shared.workspace import Workspace
 
@@ -45,6 +47,8 @@ class EnginePlan:
     max_context: int  # tokens of prompt and output together
     max_running: int  # sequences of a decode step at most
     num_threads: int
+    deterministic: bool  # on CUDA: a token's bits are its own, whatever is beside it; on a CPU they always are
+    enable_cuda_graph: bool
     eos_token_ids: tuple[int, ...]
     allow_pickle: bool
 
@@ -72,6 +76,8 @@ class EnginePlan:
             max_context=max_context,
             max_running=section.max_running,
             num_threads=config.threads or len(os.sched_getaffinity(0)),
+            deterministic=True,
+            enable_cuda_graph=True,
             eos_token_ids=_eos_token_ids(files),
             allow_pickle=config.allow_pickle,
         )
@@ -89,7 +95,7 @@ class Engine:
         self.plan = plan
         self.use_thread()
         self.kv = KvCache(plan.layout, plan.num_blocks, buffer=buffer, device=plan.device)
-        self._decoder = Decoder(plan.architecture, _load_weights(plan))
+        self._decoder = Decoder(plan.architecture, _load_weights(plan), deterministic=plan.deterministic)
         self._runner = self._make_runner()
 
     def use_thread(self) -> None:
@@ -114,6 +120,12 @@ class Engine:
             return self._runner.run(entries)
         return self._run(build_batch(entries, self.plan.layout.block_tokens))
 
+    def step(self, entries: Sequence[BatchEntry], rows: Sequence[SampleRow]) -> tuple[list[int | None], Tensor]:
+        """A forward of one token of each sequence, and the tokens that the device has drawn; see GraphRunner.step."""
+        if len(entries) <= self._runner.max_sequences:
+            return self._runner.step(entries, rows)
+        return [None] * len(rows), self.forward(entries)
+
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copies blocks within the pool, in order. Each block is one contiguous range."""
         for source, target in zip(sources, targets, strict=True):
@@ -127,11 +139,21 @@ class Engine:
 
     def _make_runner(self) -> GraphRunner:
         plan, block_tokens = self.plan, self.plan.layout.block_tokens
-        return ReplayRunner(
+        table_width = -(-plan.max_context // block_tokens)
+        if not in_triton("decode steps", self.kv.pool):
+            return ReplayRunner(
+                self._run, max_sequences=plan.max_running, block_tokens=block_tokens, table_width=table_width
+            )
+        from shared.cuda_graphs import CudaRunner
+
+        return CudaRunner(
             self._run,
+            device=plan.device,
             max_sequences=plan.max_running,
             block_tokens=block_tokens,
-            table_width=-(-plan.max_context // block_tokens),
+            table_width=table_width,
+            vocab_size=plan.architecture.vocab_size,
+            replays=plan.enable_cuda_graph,
         )
 
     def _run(self, batch: RaggedBatch, workspace: Workspace | None = None) -> Tensor:
@@ -139,7 +161,7 @@ class Engine:
 
 
 def _load_weights(plan: EnginePlan) -> DecoderWeights:
-    """From the file that the workers of this host share, which is made on first use. Raises CheckpointError."""
+    """On a CPU from the file that the workers of this host share, made on first use. Raises CheckpointError."""
     dtype = DTYPES[plan.layout.dtype]
 
     def load() -> DecoderWeights:
@@ -149,7 +171,7 @@ def _load_weights(plan: EnginePlan) -> DecoderWeights:
         )
 
     num_bytes = sum(path.stat().st_size for path in plan.files.weights.paths)
-    if num_bytes < MIN_BYTES:
+    if num_bytes < MIN_BYTES or plan.device != "cpu":
         weights = load()
     else:
         parts = (plan.layout.model_digest, plan.layout.dtype, packing_of(plan.quantization, dtype))

@@ -35,19 +35,30 @@ class Outcome:
 def run_step(engine: Engine, parts: Ordered[Part]) -> list[Outcome]:
     """Computes the parts and moves their sequences' `num_computed` on; one outcome for each part."""
     entries = [sequence.entry(num_tokens) for sequence, num_tokens in parts]
-    logits = engine.forward(entries)
+    asked_of = [
+        sequence.sample_rows(engine.plan.eos_token_ids) if sequence.remaining == num_tokens else []
+        for sequence, num_tokens in parts
+    ]
+    drawn: Ordered[int | None] = [None] * len(parts)
+    if all(len(entry.token_ids) == len(asked) == 1 for entry, asked in zip(entries, asked_of, strict=True)):
+        drawn, logits = engine.step(entries, [row for [row] in asked_of])
+    else:
+        logits = engine.forward(entries)
     outcomes = [Outcome() for _ in parts]
     rows: list[int] = []
     samples: list[SampleRow] = []
     owners: list[Outcome] = []
     first = 0
-    for (sequence, num_tokens), entry, outcome in zip(parts, entries, outcomes, strict=True):
+    for (sequence, num_tokens), entry, asked, token, outcome in zip(
+        parts, entries, asked_of, drawn, outcomes, strict=True
+    ):
         num_rows = {"all": num_tokens, "last": 1, "none": 0}[entry.wants]
         if entry.wants == "all":
             _report_prompt(logits[first : first + num_rows], sequence, outcome)
         sequence.num_computed += num_tokens
-        if sequence.remaining == 0:
-            asked = sequence.sample_rows(engine.plan.eos_token_ids)
+        if token is not None:
+            outcome.sampled, outcome.error = ([], InvalidLogits([first])) if token < 0 else ([Sampled(token)], None)
+        else:
             samples += asked
             rows += [first + num_rows - 1] * len(asked)
             owners += [outcome] * len(asked)

@@ -1,7 +1,7 @@
 """Linear layers: tiles of fixed size, their products summed in one order whatever the number of rows.
 
-The weight is the left operand, so that a tile is 64 or 128 outputs by 16 rows or more: a step of one sequence pads its
-row to 16, and integers become floats in the registers that the matrix units read.
+The weight is the left operand, so that a tile is 64 or 128 outputs by 32 rows or more: a step of one sequence pads its
+row to 32, and integers become floats in the registers that the matrix units read.
 
 Input features are summed 64 at a time, from zero, within each of several ranges, and the ranges then in order. How many
 there are depends on the weight's shape alone. With few rows programs compute a range each, and `_add_ranges` adds them;
@@ -39,8 +39,8 @@ class _Tile(NamedTuple):
 
 _ALL_ROWS = 1 << 31
 # By the greatest number of rows. Reasoned, not measured: of a step's tiles many bytes are to be on their way.
-_TILES = {16: _Tile(64, 16, 4, 6), 64: _Tile(64, 64, 4, 4), _ALL_ROWS: _Tile(128, 128, 8, 3)}
-_FP6_TILES = {16: _Tile(64, 16, 4, 3), _ALL_ROWS: _Tile(64, 64, 8, 2)}  # four parts at once
+_TILES = {32: _Tile(64, 32, 4, 4), 64: _Tile(64, 64, 4, 3), _ALL_ROWS: _Tile(128, 128, 8, 3)}
+_FP6_TILES = {_ALL_ROWS: _Tile(64, 32, 4, 2)}  # four parts at once
 _FLOAT32_TILES = {_ALL_ROWS: _Tile(32, 16, 4, 2)}  # no matrix units: products and sums in registers
 
 
@@ -292,7 +292,8 @@ def variants(capability: int) -> list[Variant]:
         for dtype in ("bf16", "fp32")
         for most, tile in _tiles(form, torch.float32 if dtype == "fp32" else torch.bfloat16).items()
         for split in (False, True)
-        if _is_chosen(out, part_features(form, in_features), most, split, tile)
+        if in_features % (group or 1) == 0
+        and _is_chosen(out, part_features(form, in_features), most, split, tile)
         and (dtype == "bf16" or (in_features == 576 and not x_scaled))
     ]
     found += [

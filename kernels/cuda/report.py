@@ -29,6 +29,7 @@ from kernels.cuda.variant import CAPABILITIES, Variant
 
 _WARP_THREADS = 32
 _INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")  # the best that a kernel uses
+_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program may have
 _WANTED = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -79,6 +80,8 @@ def compile_variant(capability: int, variant: Variant) -> Compiled:
     registers, spilled = _resources(compiled.asm["cubin"])
     instruction = next((name for name in _INSTRUCTIONS if name in compiled.asm["ptx"]), "")
     faults = [f"spills {spilled} bytes"] if spilled else []
+    if compiled.metadata.shared > _SHARED_BYTES[capability]:
+        faults.append(f"wants {compiled.metadata.shared} bytes of shared memory")
     if variant.matrix and instruction != _WANTED[capability]:
         faults.append(f"uses {instruction or 'no matrix instruction'}, not {_WANTED[capability]}")
     return Compiled(

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.activation import gated_gelu_tanh, gated_silu
 from kernels.attention import paged_attention
 from kernels.gather import gather
-from kernels.linear import linear
+from kernels.linear import LinearWeight, linear
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_and_cache
 from shared.batch import RaggedBatch
@@ -41,9 +41,12 @@ class _Take:
 class Decoder:
     """A loaded model. Not for two threads at once."""
 
-    def __init__(self, architecture: Architecture, weights: DecoderWeights) -> None:
-        """It computes in the weights' dtype, where they lie."""
-        self.architecture = architecture
+    def __init__(self, architecture: Architecture, weights: DecoderWeights, *, deterministic: bool = True) -> None:
+        """It computes in the weights' dtype, where they lie.
+
+        deterministic: a token's bits are its own, whatever is beside it; on a CPU they always are.
+        """
+        self.architecture, self._deterministic = architecture, deterministic
         self.dtype, device = weights.embedding.dtype, weights.embedding.device
         self._weights = weights
         table = cos_sin_table(architecture.rope, architecture.head_dim, architecture.max_context)
@@ -69,22 +72,26 @@ class Decoder:
             if index == last:  # what follows is row by row, and only these rows are read
                 rows = len(batch.logit_rows)
                 if not rows:
-                    return torch.empty(0, a.vocab_size)
+                    return torch.empty(0, a.vocab_size, device=x.device)
                 attended = gather(attended, batch.logit_rows, out=take("wanted", rows, attended.shape[1]))
                 residual = gather(residual, batch.logit_rows, out=take("wanted_residual", rows, a.hidden_size))
                 x = take("x", rows, a.hidden_size)
             output = take("output", rows, a.hidden_size)
-            linear(attended, layer.output, out=output)
+            self._linear(attended, layer.output, output)
             add_rms_norm(output, residual, layer.mlp_norm, eps, out=x, residual_out=residual)
-            gate_up = linear(x, layer.gate_up, out=take("gate_up", rows, 2 * a.intermediate_size))
-            linear(self._activation(gate_up, out=take("activated", rows, a.intermediate_size)), layer.down, out=output)
+            gate_up = self._linear(x, layer.gate_up, take("gate_up", rows, 2 * a.intermediate_size))
+            activated = self._activation(gate_up, out=take("activated", rows, a.intermediate_size))
+            self._linear(activated, layer.down, output)
             next_norm = weights.final_norm if index == last else weights.layers[index + 1].input_norm
             add_rms_norm(output, residual, next_norm, eps, out=x, residual_out=residual)
         if workspace is None:
-            logits = torch.empty(rows, a.vocab_size)
+            logits = torch.empty(rows, a.vocab_size, device=x.device)
         else:
             logits = workspace.take("logits", rows, a.vocab_size, torch.float32)
-        return linear(x, weights.lm_head, out=logits)
+        return self._linear(x, weights.lm_head, logits)
+
+    def _linear(self, x: Tensor, weight: LinearWeight, out: Tensor) -> Tensor:
+        return linear(x, weight, out=out, own_bits=self._deterministic)
 
     def _attention(
         self, x: Tensor, layer: LayerWeights, index: int, batch: RaggedBatch, kv: KvCache, take: _Take
@@ -93,7 +100,7 @@ class Decoder:
         a, rows = self.architecture, batch.num_tokens
         keys, values = kv.layer(index)
         q = rope_and_cache(
-            linear(x, layer.qkv, out=take("qkv", rows, a.qkv_size)),
+            self._linear(x, layer.qkv, take("qkv", rows, a.qkv_size)),
             self._cos_sin,
             batch.positions,
             batch.slots,

@@ -186,9 +186,9 @@ class _Loader:
         offsets = [part.offset for part in parts if part.offset is not None]
         joined = Integers(
             parts[0].bits,
-            torch.cat([part.values for part in parts]),
-            torch.cat([part.scale for part in parts]),
-            torch.cat(offsets) if offsets else None,
+            torch.cat([part.values for part in parts]).to(self.device),
+            torch.cat([part.scale for part in parts]).to(self.device),
+            torch.cat(offsets).to(self.device) if offsets else None,
         )
         self._check_shape(names, joined.values.shape, ours)
         return joined

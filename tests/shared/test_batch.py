@@ -24,7 +24,8 @@ def test_mixed_batch() -> None:
     assert batch.slots.tolist() == [12, 13, 14, 10, 18, 19, 4, 5, 31, 32]
     assert batch.logit_rows.tolist() == [2, 3, 8, 9]
     assert (batch.num_tokens, batch.num_sequences) == (10, 4)
-    dtypes = {name: getattr(batch, name).dtype for name in batch.__dataclass_fields__}
+    assert batch.max_query_len == 4
+    dtypes = {name: tensor.dtype for name, tensor in vars(batch).items() if isinstance(tensor, torch.Tensor)}
     assert {name for name, dtype in dtypes.items() if dtype == torch.int64} == {"token_ids", "slots", "logit_rows"}
     assert {dtypes[name] for name in ("positions", "cu_seqlens", "context_lens", "block_tables")} == {torch.int32}
 
