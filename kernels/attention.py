@@ -3,18 +3,21 @@
     out[t, h] = softmax(scale * q[t, h] @ K[: p + 1].T) @ V[: p + 1]          p = absolute position of token t
 
 K and V are the sequence's keys and values of kv head `h // (heads / kv_heads)`, gathered through its block table;
-with a sliding window W only positions p - W + 1 .. p count. Sequence s owns the query tokens cu_seqlens[s] ..
-cu_seqlens[s + 1], the last ones of its context_lens[s] tokens in the cache: a decode step is a query of one token.
+with a sliding window W only positions p - W + 1 .. p count. A soft cap C makes of a scaled score C * tanh(score / C)
+(Gemma 2, arXiv:2408.00118), and ALiBi then adds -slope[h] * (p - key) to it (arXiv:2108.12409). Sequence s owns the
+query tokens cu_seqlens[s] .. cu_seqlens[s + 1], the last ones of its context_lens[s] tokens in the cache: a decode step
+is a query of one token.
 
     q            [tokens, heads, head_dim]
     k_cache      [blocks, kv_heads, block_tokens, head_dim], any strides but the last; v_cache alike
     cu_seqlens   [seqs + 1] int32
     context_lens [seqs] int32, tokens in the cache with this call's own
     block_tables [seqs, max_blocks] int32; entries beyond the context are never read
+    alibi_slopes [heads] float32
     out          [tokens, heads * head_dim]
 
 A row's bits depend on its own query, keys and values alone: not on the neighbours, the chunking or the thread count
-(kernels/cpu/attention.c says how).
+(kernels/cpu/attention.c and kernels/cuda/attention.py say how), nor on CUDA on which of the two kernels computed it.
 """
 
 from __future__ import annotations
@@ -23,9 +26,13 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import library
+from kernels.device import in_triton
+
+SPLIT_TOKENS = 512  # keys of a partial result of decode on CUDA
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MAX_HEAD_DIM = 512  # a thread's tiles live on its stack
+_MAX_TRITON_HEAD_DIM = 256  # a program's tiles live in registers
 
 
 def paged_attention(
@@ -38,23 +45,50 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     *,
+    alibi_slopes: Tensor | None = None,
+    soft_cap: float | None = None,
+    max_query_len: int | None = None,
+    workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attention of each query token over its sequence's cache; see the module for shapes.
 
     float32 or bfloat16 (q, caches and out alike), float32 inside; head_dim a multiple of 8. Raises ValueError when a
-    tensor breaks the contract and IndexError when lengths or block tables point outside the cache.
+    tensor breaks the contract and, in C, IndexError when lengths or block tables point outside the cache: on CUDA,
+    where nobody reads them on the host, what lies outside is neither read nor written.
+
+    On CUDA alone: alibi_slopes and soft_cap. max_query_len says how many query tokens a sequence has at most: where it
+    is 1, contexts are shared out by splits, with partial results in `workspace`, contiguous float32 of
+    attention_workspace elements (allocated when missing). In C these two change nothing.
     """
     tokens, num_heads, head_dim = q.shape
     num_blocks, num_kv_heads, block_tokens, _ = k_cache.shape
-    _check(q, k_cache, v_cache, cu_seqlens, context_lens, block_tables, sliding_window)
-    if out is None:
-        out = torch.empty(tokens, num_heads * head_dim, dtype=q.dtype)
-    elif out.dtype != q.dtype or out.numel() != q.numel() or not out.is_contiguous():
-        raise ValueError(
-            f"out must be a contiguous {q.dtype} tensor of {q.numel()} elements, got {out.dtype} {list(out.shape)}"
-        )
+    triton = in_triton("paged_attention", q)
+    max_head_dim = _MAX_TRITON_HEAD_DIM if triton else _MAX_HEAD_DIM
+    _check(q, k_cache, v_cache, cu_seqlens, context_lens, block_tables, sliding_window, max_head_dim)
+    _check_scores(q, alibi_slopes, soft_cap)
     num_seqs, max_blocks = block_tables.shape
+    if max_query_len is not None and tokens > num_seqs * max_query_len:
+        raise ValueError(f"max_query_len {max_query_len} and {num_seqs} sequences do not make {tokens} query tokens")
+    if out is None:
+        out = torch.empty(tokens, num_heads * head_dim, dtype=q.dtype, device=q.device)
+    elif out.dtype != q.dtype or out.device != q.device or out.numel() != q.numel() or not out.is_contiguous():
+        raise ValueError(
+            f"out must be a contiguous {q.dtype} tensor of {q.numel()} elements on {q.device}, "
+            f"got {out.dtype} {list(out.shape)} on {out.device}"
+        )
+    if triton:
+        from kernels.cuda.attention import paged_attention as launch
+
+        decode = max_query_len == 1
+        workspace = _workspace(workspace, q, num_seqs, max_blocks * block_tokens) if decode else None
+        launch(
+            q, k_cache, v_cache, cu_seqlens, context_lens, block_tables, scale, sliding_window, alibi_slopes, soft_cap,
+            workspace, out,
+        )  # fmt: skip
+        return out
+    if alibi_slopes is not None or soft_cap is not None:
+        raise ValueError("alibi_slopes and soft_cap are CUDA's alone: paged_attention in C has neither")
     failed = library.call("tandem_paged_attention",
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
         cu_seqlens.data_ptr(), context_lens.data_ptr(), block_tables.data_ptr(),
@@ -67,6 +101,11 @@ def paged_attention(
     return out
 
 
+def attention_workspace(seqs: int, heads: int, head_dim: int, max_context: int) -> int:
+    """float32 elements of partial results, for block tables of max_context tokens."""
+    return seqs * heads * -(-max_context // SPLIT_TOKENS) * (head_dim + 2)
+
+
 def paged_attention_reference(
     q: Tensor,
     k_cache: Tensor,
@@ -76,6 +115,9 @@ def paged_attention_reference(
     block_tables: Tensor,
     scale: float,
     sliding_window: int | None = None,
+    *,
+    alibi_slopes: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """The same in plain torch, one sequence at a time, in the dtype of its inputs (float64 for tests)."""
     tokens, num_heads, head_dim = q.shape
@@ -90,8 +132,12 @@ def paged_attention_reference(
         keys = keys.repeat_interleave(num_heads // num_kv_heads, 0)
         values = values.repeat_interleave(num_heads // num_kv_heads, 0)
         scores = q[start:end].transpose(0, 1) @ keys.transpose(1, 2) * scale  # [heads, queries, context]
-        position = torch.arange(context - (end - start), context)[:, None]
-        key = torch.arange(context)[None]
+        if soft_cap:
+            scores = soft_cap * (scores / soft_cap).tanh()
+        position = torch.arange(context - (end - start), context, device=q.device)[:, None]
+        key = torch.arange(context, device=q.device)[None]
+        if alibi_slopes is not None:
+            scores = scores - alibi_slopes[:, None, None].to(q.dtype) * (position - key)
         hidden = key > position
         if sliding_window:
             hidden |= key <= position - sliding_window
@@ -107,17 +153,16 @@ def _check(
     context_lens: Tensor,
     block_tables: Tensor,
     window: int | None,
+    max_head_dim: int,
 ) -> None:
-    if q.device.type != "cpu":
-        raise ValueError(f"paged_attention runs on: cpu; got a tensor on {q.device}")
     dtype = q.dtype
     if dtype not in _DTYPES or k_cache.dtype != dtype or v_cache.dtype != dtype:
         raise ValueError(
             f"q, k_cache and v_cache must share float32 or bfloat16, got {dtype}, {k_cache.dtype}, {v_cache.dtype}"
         )
     _, num_heads, head_dim = q.shape
-    if head_dim % 8 or not 0 < head_dim <= _MAX_HEAD_DIM:
-        raise ValueError(f"head_dim must be a multiple of 8 up to {_MAX_HEAD_DIM}, got {head_dim}")
+    if head_dim % 8 or not 0 < head_dim <= max_head_dim:
+        raise ValueError(f"head_dim must be a multiple of 8 up to {max_head_dim}, got {head_dim}")
     if k_cache.shape != v_cache.shape or k_cache.shape[3] != head_dim or num_heads % k_cache.shape[1]:
         raise ValueError(
             f"q {list(q.shape)} does not fit k_cache {list(k_cache.shape)} and v_cache {list(v_cache.shape)}: "
@@ -130,6 +175,9 @@ def _check(
             raise ValueError(
                 f"{name} must be int32 with its last dimension contiguous, got {tensor.dtype} {tensor.stride()}"
             )
+    for tensor in (k_cache, v_cache, cu_seqlens, context_lens, block_tables):
+        if tensor.device != q.device:
+            raise ValueError(f"all tensors must be on {q.device} like q, got one on {tensor.device}")
     num_seqs = block_tables.shape[0]
     if cu_seqlens.shape != (num_seqs + 1,) or context_lens.shape != (num_seqs,):
         raise ValueError(
@@ -138,6 +186,42 @@ def _check(
         )
     if window is not None and window < 1:
         raise ValueError(f"sliding_window must be at least 1 or None, got {window}")
+
+
+def _check_scores(q: Tensor, alibi_slopes: Tensor | None, soft_cap: float | None) -> None:
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap must be above 0 or None, got {soft_cap}")
+    if alibi_slopes is None:
+        return
+    if (
+        alibi_slopes.dtype != torch.float32
+        or alibi_slopes.shape != q.shape[1:2]
+        or not alibi_slopes.is_contiguous()
+        or alibi_slopes.device != q.device
+    ):
+        raise ValueError(
+            f"alibi_slopes must be contiguous float32 [{q.shape[1]}] on {q.device}, "
+            f"got {alibi_slopes.dtype} {list(alibi_slopes.shape)} on {alibi_slopes.device}"
+        )
+
+
+def _workspace(workspace: Tensor | None, q: Tensor, num_seqs: int, max_context: int) -> Tensor:
+    """The caller's, or one for this call."""
+    size = attention_workspace(num_seqs, q.shape[1], q.shape[2], max_context)
+    if workspace is None:
+        return torch.empty(size, dtype=torch.float32, device=q.device)
+    if (
+        workspace.dtype != torch.float32
+        or workspace.dim() != 1
+        or workspace.numel() < size
+        or not workspace.is_contiguous()
+        or workspace.device != q.device
+    ):
+        raise ValueError(
+            f"workspace must be contiguous float32 [{size}] or longer on {q.device}, "
+            f"got {workspace.dtype} {list(workspace.shape)} on {workspace.device}"
+        )
+    return workspace
 
 
 def _raise(failed: int, num_seqs: int, tokens: int, cu_seqlens: Tensor, context_lens: Tensor) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import paged_attention, paged_attention_reference
+from kernels.attention import attention_workspace, paged_attention, paged_attention_reference
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
 
@@ -22,31 +22,45 @@ class Case:
     k_cache: Tensor
     v_cache: Tensor
     window: int | None
+    slopes: Tensor | None = None
+    soft_cap: float | None = None
 
-    def run(self, spans: list[tuple[int, int, int]], *, padding: int = 0, reference: bool = False) -> Tensor:
-        """One call over (sequence, first token, end token) spans, each with all before it in the cache."""
+    def run(
+        self, spans: list[tuple[int, int, int]], *, padding: int = 0, decode: bool = False, reference: bool = False
+    ) -> Tensor:
+        """One call over (sequence, first token, end token) spans, each with all before it in the cache.
+
+        decode: says that none of them is longer than a token.
+        """
+        device = self.k_cache.device
         queries = [self.queries[s][begin:end] for s, begin, end in spans]
         queries += [torch.zeros_like(self.queries[0][:1])] * padding
         contexts = [end for _, _, end in spans] + [1] * padding
         width = max(len(table) for table in self.tables)
         tables = [self.tables[s] + [0] * (width - len(self.tables[s])) for s, _, _ in spans] + [[0] * width] * padding
         q = torch.cat(queries)
-        cu_seqlens = torch.tensor([0, *(len(part) for part in queries)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        context_lens, block_tables = torch.tensor(contexts, dtype=torch.int32), torch.tensor(tables, dtype=torch.int32)
+        cu_seqlens = torch.tensor([0, *(len(part) for part in queries)]).cumsum(0)
+        indices = (cu_seqlens, torch.tensor(contexts), torch.tensor(tables).view(-1, width))
+        indices = tuple(tensor.to(device, torch.int32) for tensor in indices)
         scale = q.shape[2] ** -0.5
+        scores = {"alibi_slopes": self.slopes, "soft_cap": self.soft_cap}
         if reference:
             q, k_cache, v_cache = q.double(), self.k_cache.double(), self.v_cache.double()
-            return paged_attention_reference(
-                q, k_cache, v_cache, cu_seqlens, context_lens, block_tables, scale, self.window
-            )
-        out = torch.full((len(q), q.shape[1] * q.shape[2]), torch.nan, dtype=q.dtype)
-        paged_attention(
-            q, self.k_cache, self.v_cache, cu_seqlens, context_lens, block_tables, scale, self.window, out=out
-        )
+            return paged_attention_reference(q, k_cache, v_cache, *indices, scale, self.window, **scores)
+        out = torch.full((len(q), q.shape[1] * q.shape[2]), torch.nan, dtype=q.dtype, device=device)
+        more = scores | {"max_query_len": 1 if decode else None, "out": out}
+        if decode:  # poisoned, and longer than it has to be
+            size = attention_workspace(len(contexts), q.shape[1], q.shape[2], width * self.k_cache.shape[2])
+            more["workspace"] = torch.full((size + 3,), torch.nan, device=device)
+        assert paged_attention(q, self.k_cache, self.v_cache, *indices, scale, self.window, **more) is out
         return out[: len(q) - padding]
 
     def whole(self, sequence: int = 0) -> Tensor:
         return self.run([(sequence, 0, len(self.queries[sequence]))])
+
+    def step(self, *positions: int, sequence: int = 0) -> Tensor:
+        """A decode step at each position, all of them in one call."""
+        return self.run([(sequence, position, position + 1) for position in positions], decode=True)
 
 
 def make_case(
@@ -57,9 +71,11 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     window: int | None = None,
     block_tokens: int = 16,
-    seed: int = 0,
+    device: str = "cpu",
+    slopes: bool = False,
+    soft_cap: float | None = None,
 ) -> Case:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     counts = [-(-length // block_tokens) for length in lengths]
     blocks = iter((torch.randperm(sum(counts), generator=generator) + 1).tolist())
     tables = [[next(blocks) for _ in range(count)] for count in counts]
@@ -74,7 +90,16 @@ def make_case(
                 part = rows[i * block_tokens : (i + 1) * block_tokens]
                 cache[block, :, : len(part)] = part.transpose(0, 1)
     queries = [(2 * torch.randn(length, heads, head_dim, generator=generator)).to(dtype) for length in lengths]
-    return Case(queries, tables, k_cache, v_cache, window)
+    pool = pool.to(device)
+    return Case(
+        [tensor.to(device) for tensor in queries],
+        tables,
+        pool[:, 1, 0],
+        pool[:, 1, 1],
+        window,
+        torch.logspace(-1, -8, heads, base=2).to(device) if slopes else None,
+        soft_cap,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -82,8 +107,10 @@ def make_case(
     ("heads", "kv_heads", "head_dim"),
     [(3, 3, 64), (9, 3, 64), (8, 1, 80), (16, 2, 96), (4, 4, 8), (5, 1, 128), (6, 2, 256), (71, 1, 64), (2, 1, 24)],
 )
-def test_prefill_and_decode_match_the_reference(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    case = make_case([1, 15, 16, 17, 55, 130], heads, kv_heads, head_dim, dtype)
+def test_prefill_and_decode_match_the_reference(
+    on: str, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    case = make_case([1, 15, 16, 17, 55, 130], heads, kv_heads, head_dim, dtype, device=on)
     spans = [(0, 0, 1), (1, 14, 15), (2, 0, 16), (3, 16, 17), (4, 0, 55), (5, 77, 130)]
     out, expected = case.run(spans), case.run(spans, reference=True)
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
