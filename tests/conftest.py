@@ -15,8 +15,10 @@ import tests.triton_mode  # noqa: F401
 
 # isort: split
 import pytest
+import torch
 from transformers import PreTrainedModel
 
+from kernels import device
 from tests.cluster import DEFAULT_MODEL_POOLS, Cluster
 from tests.tiny_models import smollm2, smollm2_reference
 from tests.tiny_models import tiny_model as make_tiny_model
@@ -41,6 +43,16 @@ def default_reference() -> PreTrainedModel:
 def tiny_model() -> Callable[[str], Path]:
     """Makes a tiny random model of a kind: a Hugging Face folder."""
     return make_tiny_model
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has tensors on the CPU computed by Triton's interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled for the GPU of this machine")
+    # Triton looks here when a kernel is defined: the files of kernels/cuda are first imported in such a test
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(device, "INTERPRETED", True)
 
 
 @pytest.fixture(scope="session")

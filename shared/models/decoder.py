@@ -122,6 +122,7 @@ class Decoder:
             batch.block_tables,
             a.attention_scale,
             a.sliding_window[index],
+            max_query_len=batch.max_query_len,
             out=take("attended", rows, a.num_heads * a.head_dim),
         )
 

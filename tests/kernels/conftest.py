@@ -3,19 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
-
-from kernels import device
-
-
-@pytest.fixture
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has tensors on the CPU computed by Triton's interpreter."""
-    if torch.cuda.is_available():
-        pytest.skip("kernels are compiled for the GPU of this machine")
-    # Triton looks here when a kernel is defined: the files of kernels/cuda are first imported in such a test
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(device, "INTERPRETED", True)
 
 
 @pytest.fixture(

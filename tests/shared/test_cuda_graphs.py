@@ -1,0 +1,145 @@
+"""The engine in Triton: logits near those of the C ops, and steps that draw what the sampler draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import device
+from shared.batch import BatchEntry
+from shared.config import load_config
+from shared.engine import Engine, EnginePlan
+from shared.model_store import ModelStore
+from shared.penalties import SampleRow
+from shared.sampling import sample
+from shared.sampling_params import SamplingParams
+
+BLOCK_TOKENS = 16
+PROMPTS = [[5, 6, 7] * 11, [9] * 16, [300], [17, 4, 90, 2, 17]]
+PLAIN = {"max_tokens": 100, "seed": 11}
+SAMPLINGS = [
+    SamplingParams(**PLAIN, temperature=0),
+    SamplingParams(**PLAIN, temperature=0.9, top_p=0.8, top_k=40),
+    SamplingParams(**PLAIN, temperature=1.2, min_p=0.01, repetition_penalty=1.3, frequency_penalty=0.4),
+    SamplingParams(**PLAIN, temperature=0, presence_penalty=1.5),
+]
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def make_engine(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> Callable[..., Engine]:
+    """Engines of one tiny model: by Triton, or in C."""
+
+    def make(family: str = "qwen3", *, triton: bool = True, dtype: str = "bfloat16", **changes: object) -> Engine:
+        overrides = {"model": str(tiny_model(family)), "dtype": dtype, "decode": {"num_blocks": 32, "max_running": 4}}
+        config = load_config(None, overrides)
+        plan = EnginePlan.of(config, config.decode, ModelStore().resolve(config.model))
+        on = request.param if triton else "c"
+        if on == "interpreted":
+            request.getfixturevalue("interpreter")
+        elif device.INTERPRETED:
+            raise AssertionError("an engine in C comes before those that are interpreted")
+        return Engine(replace(plan, device="cuda" if on == "cuda" else "cpu", **changes))
+
+    return make
+
+
+def blocks_of(row: int) -> list[int]:
+    return list(range(1 + 4 * row, 5 + 4 * row))
+
+
+def prefill(engine: Engine, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    return engine.forward([BatchEntry(prompt, 0, blocks_of(row)) for row, prompt in enumerate(prompts)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+def test_logits_are_near_those_of_the_c_ops(make_engine: Callable[..., Engine], family: str, dtype: str) -> None:
+    in_c = make_engine(family, triton=False, dtype=dtype)
+    expected = [prefill(in_c, PROMPTS), in_c.forward([BatchEntry([3], len(PROMPTS[0]), blocks_of(0))])]
+    expected = [logits.clone() for logits in expected]
+    engine = make_engine(family, dtype=dtype)
+    got = [prefill(engine, PROMPTS), engine.forward([BatchEntry([3], len(PROMPTS[0]), blocks_of(0))])]
+    for logits, wanted in zip(got, expected, strict=True):
+        tolerance = 2e-5 if dtype == "float32" else 0.05
+        torch.testing.assert_close(logits.cpu(), wanted, atol=tolerance * float(wanted.abs().amax()), rtol=0)
+
+
+def test_a_prompt_has_the_same_bits_in_chunks_beside_others_and_step_by_step(
+    make_engine: Callable[..., Engine],
+) -> None:
+    engine = make_engine("mistral")
+    prompt = PROMPTS[0]
+    alone = prefill(engine, [prompt]).clone()
+    beside = engine.forward([BatchEntry(PROMPTS[1], 0, blocks_of(1)), BatchEntry(prompt, 0, blocks_of(2))])
+    assert torch.equal(beside[1], alone[0])
+    engine.forward([BatchEntry(prompt[:17], 0, blocks_of(3), "none")])
+    chunked = engine.forward([BatchEntry(prompt[17:], 17, blocks_of(3))])
+    assert torch.equal(chunked[0], alone[0])
+    engine.forward([BatchEntry(prompt[:31], 0, blocks_of(4), "none")])
+    for position in (31, 32):
+        # by itself and with another, which is another bucket
+        single = engine.forward([BatchEntry([prompt[position]], position, blocks_of(4))]).clone()
+        pair = [BatchEntry([1], 5, blocks_of(5)), BatchEntry([prompt[position]], position, blocks_of(4))]
+        assert torch.equal(engine.forward(pair)[1], single[0])
+    assert torch.equal(single[0], alone[0])
+
+
+@pytest.mark.parametrize("num_steps", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_steps_draw_what_the_sampler_draws(make_engine: Callable[..., Engine], num_steps: int) -> None:
+    engine = make_engine()
+    prefill(engine, PROMPTS)
+    histories = [list(prompt) for prompt in PROMPTS]
+    rows = [
+        SampleRow.from_tokens(params, prompt, len(prompt)) for params, prompt in zip(SAMPLINGS, PROMPTS, strict=True)
+    ]
+    for step in range(num_steps):
+        # one sits out some steps, and its counts are there again when it is back
+        members = [row for row in range(4) if not (row == 2 and step in (2, 3))]
+        entries = [BatchEntry([histories[row][-1]], len(histories[row]) - 1, blocks_of(row)) for row in members]
+        asked = [rows[row] for row in members]
+        tokens, _ = engine.step(entries, asked)
+        raw = engine.forward(entries).clone()  # the step's own may have penalties in them
+        expected = [sampled.token_id for sampled in sample(raw, asked)]
+        assert tokens == expected
+        for row, token in zip(members, expected, strict=True):
+            histories[row].append(token)
+            history = rows[row].history
+            if history is not None:
+                history.append(token)
+            rows[row] = replace(rows[row], position=rows[row].position + 1)
+
+
+@pytest.mark.slow
+def test_rows_that_report_or_edit_are_left_to_the_sampler(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    prefill(engine, PROMPTS)
+    entries = [BatchEntry([prompt[-1]], len(prompt) - 1, blocks_of(row)) for row, prompt in enumerate(PROMPTS)]
+    kinds = [
+        SamplingParams(**PLAIN, temperature=0, logprobs=2),
+        SamplingParams(**PLAIN, temperature=0, logit_bias=((3, 100.0),)),
+        SamplingParams(**PLAIN, temperature=0, min_tokens=4),
+        SamplingParams(**PLAIN, temperature=0),
+    ]
+    raw = engine.forward(entries).clone()
+    tokens, logits = engine.step(entries, [SampleRow(params, 0) for params in kinds])
+    assert tokens[:3] == [None, None, None]
+    assert tokens[3] == int(raw[3].argmax())
+    assert torch.equal(logits, raw)
+
+
+@pytest.mark.slow
+def test_a_slot_goes_to_who_comes_when_all_are_taken(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    prefill(engine, PROMPTS)
+    params = SamplingParams(**PLAIN, temperature=0, repetition_penalty=5.0)
+    entry = BatchEntry([7], 32, blocks_of(0))
+    raw = engine.forward([entry]).clone()
+    rows = [SampleRow.from_tokens(params, [i, i + 1, 7], 3) for i in range(12)]  # three times the slots there are
+    for row in (*rows, *rows):
+        tokens, _ = engine.step([entry], [row])
+        assert tokens == [sample(raw, [row])[0].token_id]
