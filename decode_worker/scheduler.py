@@ -103,6 +103,7 @@ class DecodeScheduler:
             group.members = [root]
             self._residency.enter(root)
             return
+        self._engine.adopt(sequence.blocks[(group.held_tokens or 0) // self._pool.block_tokens :])
         sequence.num_computed = len(sequence.tokens)
         self._pool.commit(sequence.tokens, sequence.blocks, group.request.cache_salt, sequence.num_computed)
         wanted = [(index, token_id) for index, token_id in first_tokens if index not in group.unwanted]

@@ -165,7 +165,16 @@ class TandemConfig(BaseSettings):
     served_name: str | None = Field(
         default=None, description="name that clients use; default: the last part of `model`"
     )
-    device: Literal["auto", "cpu"] = Field(default="auto", description="where the engine runs")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where the engine runs; auto = cuda where there is a CUDA device"
+    )
+    deterministic: bool = Field(
+        default=True,
+        description="on cuda: a token's bits are its own, whatever is computed beside it; on cpu they always are",
+    )
+    enable_cuda_graph: bool = Field(
+        default=True, description="on cuda: decode steps are captured once and replayed; false = op by op"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto = bfloat16")
     quantization: QuantizationMode = Field(
         default="none", description="integers that the linears' weights are kept as; int4 in groups of 32"

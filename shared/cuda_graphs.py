@@ -43,9 +43,10 @@ class CudaRunner:
         table_width: int,
         vocab_size: int,
         replays: bool,
+        launched: Callable[[], None],
     ) -> None:
-        """table_width: blocks of the longest sequence."""
-        self._forward = forward
+        """table_width: blocks of the longest sequence. launched: called when the device has begun a step."""
+        self._forward, self._launched = forward, launched
         self._device = torch.device(device)
         self._buckets = make_buckets(max_sequences)
         self._workspace = Workspace(device)
@@ -148,6 +149,7 @@ class CudaRunner:
             self._graphs[bucket].replay()
         else:
             self._compute(bucket)
+        self._launched()
 
     def _compute(self, bucket: int) -> None:
         """What a graph is made of."""

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from kernels.cpu import library
 from kernels.device import in_triton
 from shared.batch import BatchEntry, RaggedBatch, build_batch
 from shared.checkpoint import open_checkpoint
@@ -71,13 +72,13 @@ class EnginePlan:
             architecture=architecture,
             layout=layout,
             quantization=config.quantization,
-            device="cpu",
+            device=_device(config.device),
             num_blocks=num_blocks,
             max_context=max_context,
             max_running=section.max_running,
             num_threads=config.threads or len(os.sched_getaffinity(0)),
-            deterministic=True,
-            enable_cuda_graph=True,
+            deterministic=config.deterministic,
+            enable_cuda_graph=config.enable_cuda_graph,
             eos_token_ids=_eos_token_ids(files),
             allow_pickle=config.allow_pickle,
         )
@@ -96,6 +97,7 @@ class Engine:
         self.use_thread()
         self.kv = KvCache(plan.layout, plan.num_blocks, buffer=buffer, device=plan.device)
         self._decoder = Decoder(plan.architecture, _load_weights(plan), deterministic=plan.deterministic)
+        self._in_triton = in_triton("the engine", self.kv.pool)
         self._runner = self._make_runner()
 
     def use_thread(self) -> None:
@@ -131,16 +133,39 @@ class Engine:
         for source, target in zip(sources, targets, strict=True):
             self.kv.pool[target].copy_(self.kv.pool[source])
 
+    def publish(self, blocks: Sequence[int]) -> None:
+        """Before blocks are announced to other workers."""
+        self.kv.publish(blocks)
+
+    def adopt(self, blocks: Sequence[int]) -> None:
+        """Before blocks are read that another worker's were copied to."""
+        self.kv.adopt(blocks)
+
+    @property
+    def description(self) -> str:
+        """What it computes with, for logs."""
+        if self.plan.device == "cuda":
+            return f"Triton on {torch.cuda.get_device_name()}"
+        return "Triton's interpreter" if self._in_triton else library.instruction_set()
+
     def close(self) -> None:
         """Lets go of the weights and the pool; no forward can follow."""
         del self._runner
         self._decoder.close()
         self.kv.close()
 
+    def _ring(self) -> None:
+        """Now that the device computes, whoever waits for what the last step brought may have Python's lock.
+
+        C ops see to that themselves (kernels/cpu/team.c).
+        """
+        if self._in_triton:
+            library.call("tandem_ring_later", -1)
+
     def _make_runner(self) -> GraphRunner:
         plan, block_tokens = self.plan, self.plan.layout.block_tokens
         table_width = -(-plan.max_context // block_tokens)
-        if not in_triton("decode steps", self.kv.pool):
+        if not self._in_triton:
             return ReplayRunner(
                 self._run, max_sequences=plan.max_running, block_tokens=block_tokens, table_width=table_width
             )
@@ -154,10 +179,20 @@ class Engine:
             table_width=table_width,
             vocab_size=plan.architecture.vocab_size,
             replays=plan.enable_cuda_graph,
+            launched=self._ring,
         )
 
     def _run(self, batch: RaggedBatch, workspace: Workspace | None = None) -> Tensor:
-        return self._decoder.forward(batch.to(self.plan.device), self.kv, workspace)
+        logits = self._decoder.forward(batch.to(self.plan.device), self.kv, workspace)
+        self._ring()
+        return logits
+
+
+def _device(wanted: str) -> str:
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ConfigError("device: cuda, and there is no CUDA device; use cpu, or auto")
+    return "cuda" if available and wanted != "cpu" else "cpu"
 
 
 def _load_weights(plan: EnginePlan) -> DecoderWeights:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from mmap import mmap
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.models.architecture import Architecture
+from shared.transport.block_copy import runs
 
 # Raised whenever the bytes of a block come to mean something else.
 CONTRACT_VERSION = 1
@@ -70,6 +72,9 @@ class KvCache:
     """`num_blocks` blocks in one allocation; block 0 is the null block.
 
     `pool` is (num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim), so a block is one range of bytes.
+
+    On a CPU the pool lies in `buffer`, where other workers copy from and to. On CUDA it has memory of the device, and
+    the buffer has a block's bytes while it is handed over: `publish` puts them there, `adopt` takes them from there.
     """
 
     def __init__(
@@ -79,24 +84,28 @@ class KvCache:
         *,
         buffer: memoryview | mmap | bytearray | None = None,
         device: torch.device | str = "cpu",
+        staged: bool | None = None,
     ) -> None:
         """In `buffer` (writable, num_blocks * block_bytes long, and zero at first as fresh shared memory is), or in
-        memory of its own. ValueError if the buffer has another size.
+        memory of its own. ValueError if the buffer has another size. staged: default: where the device is no CPU.
 
         Zeros matter: a row of attention may multiply a slot that nobody wrote by the weight 0, and 0 * NaN is NaN.
         """
         self.layout = layout
         self.num_blocks = num_blocks
         shape, dtype = (num_blocks, *layout.block_shape), DTYPES[layout.dtype]
-        if buffer is None:
-            self.pool = torch.zeros(shape, dtype=dtype, device=device)
-        else:
+        shared = None
+        if buffer is not None:
             num_bytes = memoryview(buffer).nbytes
             if num_bytes != num_blocks * layout.block_bytes:
                 raise ValueError(
                     f"a pool of {num_blocks} blocks of {layout.block_bytes} bytes cannot lie in {num_bytes} bytes"
                 )
-            self.pool = torch.frombuffer(buffer, dtype=dtype).view(shape)
+            shared = torch.frombuffer(buffer, dtype=dtype).view(shape)
+        if staged is None:
+            staged = torch.device(device).type != "cpu"
+        self._staging = shared if staged else None
+        self.pool = torch.zeros(shape, dtype=dtype, device=device) if staged or shared is None else shared
         self._layers = [(self.pool[:, layer, 0], self.pool[:, layer, 1]) for layer in range(layout.num_layers)]
         self._bytes = self.pool.view(torch.uint8).view(num_blocks, layout.block_bytes)
 
@@ -112,7 +121,20 @@ class KvCache:
         """The bytes of a block: uint8 [block_bytes], a view. IndexError for a block that is not in the pool."""
         return self._bytes[index]
 
+    def publish(self, blocks: Sequence[int]) -> None:
+        """Puts the blocks' content where other workers copy it from."""
+        if self._staging is not None:
+            for first, _, count in runs(blocks, blocks):
+                self._staging[first : first + count].copy_(self.pool[first : first + count])
+
+    def adopt(self, blocks: Sequence[int]) -> None:
+        """Takes the blocks' content from where another worker's was copied to."""
+        if self._staging is not None:
+            for first, _, count in runs(blocks, blocks):
+                self.pool[first : first + count].copy_(self._staging[first : first + count])
+
     def close(self) -> None:
         """Lets go of the pool's memory, which is given back with the last view of it."""
         self._layers.clear()
+        self._staging = None
         self.pool = self._bytes = torch.empty(0)

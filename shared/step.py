@@ -73,7 +73,9 @@ def _report_prompt(logits: Tensor, sequence: Sequence, outcome: Outcome) -> None
     targets = sequence.tokens[start : min(start + len(logits), sequence.request.num_prompt_tokens)]
     asked = sequence.request.params.prompt_logprobs
     try:
-        outcome.prompt_logprobs = prompt_logprobs(logits[: len(targets)], torch.tensor(targets), asked or 0)
+        outcome.prompt_logprobs = prompt_logprobs(
+            logits[: len(targets)], torch.tensor(targets, device=logits.device), asked or 0
+        )
     except InvalidLogits as error:
         outcome.error = error
 

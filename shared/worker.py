@@ -21,7 +21,6 @@ from typing import Protocol
 import grpc
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 
-from kernels.cpu.library import instruction_set
 from shared.arguments import Arguments, die_with_parent
 from shared.auth import Access, RequireKey
 from shared.config import ApiKey, ConfigError, DecodeConfig, PrefillConfig, TandemConfig
@@ -78,7 +77,8 @@ class Site:
         self.worker_id = worker_id
         self.address = address  # host:port at which others reach this worker
         self.board = LoadBoard()
-        self.cores = Cores.join()
+        # a device of one's own is not shared out by turns
+        self.cores = Cores.join() if engine.plan.device == "cpu" else Cores()
         self.limits = Limits(
             model=config.model_name,
             vocab_size=engine.plan.architecture.vocab_size,
@@ -126,6 +126,11 @@ class WorkerServer:
             await server.stop(None)
             raise
         return worker
+
+    @property
+    def description(self) -> str:
+        """What it computes with."""
+        return self._site.engine.description
 
     async def stop(self, drain_s: float) -> None:
         """Admits no more requests, gives those that run `drain_s` seconds, ends the rest and hands everything back."""
@@ -211,7 +216,7 @@ async def _run(
         return 0
     ready = {"event": "ready", "role": role, "grpc": worker.address, "http": None}
     print(json.dumps({**ready, "pid": os.getpid(), "worker_id": worker.worker_id}), flush=True)
-    log.info("%s serves %s at %s, ops in %s", role, config.model_name, worker.address, instruction_set())
+    log.info("%s serves %s at %s, ops in %s", role, config.model_name, worker.address, worker.description)
     await asyncio.wait([stopping, worker.failed], return_when=asyncio.FIRST_COMPLETED)
     if worker.failed.done():
         # the state is unknown: no request may go on with it
@@ -225,7 +230,8 @@ async def _run(
 def _load_engine(config: TandemConfig, section: PrefillConfig | DecodeConfig) -> tuple[Engine, PoolMemory]:
     files = ModelStore().resolve(config.model, allow_pickle=config.allow_pickle)
     plan = EnginePlan.of(config, section, files)
-    memory = PoolMemory(plan.pool_bytes)
+    # beside a pool on a device only what is handed over is ever touched
+    memory = PoolMemory(plan.pool_bytes, populate=plan.device == "cpu")
     engine = Engine(plan, memory.buffer)
     engine.warm_up()
     return engine, memory

@@ -65,3 +65,16 @@ def test_every_field_is_in_the_digest_and_the_difference() -> None:
 def test_digest_does_not_change_by_accident() -> None:
     """Workers of two versions compare it: a change here needs a new CONTRACT_VERSION."""
     assert LAYOUT.digest == "ae957420ace96453ef5dff4453d3e8350997ea5f46e7dbd2bf5724704f30a020"
+
+
+def test_a_pool_on_a_device_hands_over_through_its_buffer() -> None:
+    layout = LAYOUT
+    buffer = bytearray(6 * layout.block_bytes)
+    ours, theirs = (KvCache(layout, 6, buffer=buffer, staged=True) for _ in range(2))
+    ours.pool.copy_(torch.randn(ours.pool.shape))
+    assert not any(buffer)
+    ours.publish([4, 1, 2])
+    theirs.adopt([2, 4])
+    for block in range(6):
+        assert torch.equal(theirs.pool[block], ours.pool[block]) == (block in (2, 4))
+    assert not any(buffer[3 * layout.block_bytes : 4 * layout.block_bytes])
