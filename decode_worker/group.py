@@ -120,6 +120,12 @@ class Member:
         """Of two members, the one with the higher key is preempted first."""
         return (*self.group.queue_key[:2], self.order)
 
+    @property
+    def ends(self) -> bool:
+        """Whether the last of the tokens that are on their way is the last that is asked for."""
+        sequence = self.sequence
+        return sequence.pending > 0 and sequence.position + sequence.pending >= self.group.request.params.max_tokens
+
     def spares_needed(self, block_tokens: int) -> int:
         """Blocks for the copies of a partly filled last block, once the outputs part."""
         return spares_needed(len(self.sequence.tokens), len(self.sequence.indices), block_tokens)

@@ -116,7 +116,7 @@ class Residency:
     def _free(self, member: Member, *, cache: bool) -> None:
         sequence = member.sequence
         if cache:
-            self._pool.commit(sequence.tokens, sequence.blocks, sequence.request.cache_salt, sequence.num_computed)
+            self._pool.commit(sequence.tokens, sequence.blocks, sequence.request.cache_salt, sequence.num_known)
         self._pool.free(sequence.blocks)
         self._pool.free(member.spare)
         sequence.blocks, member.spare = [], []

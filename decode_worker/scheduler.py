@@ -3,6 +3,10 @@
 A request waits, by priority and then arrival, until the blocks of its history can be had with one to grow by for each
 sequence that is on its way; those that were preempted stand in the same line. Each step takes one token of every
 running sequence, and beside them a chunk of the prompts that are computed here.
+
+Where the device draws the tokens, a step is launched before those of the step before are known here: what this thread
+does between two steps is done while one computes. A sequence that turns out to have ended is in one step too many,
+whose token nobody looks at. Its blocks may be given away at once: what is written to them next comes after that step.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from shared.engine_thread import Load
 from shared.rpc import RpcError, exhausted, internal, stale
 from shared.sampling_params import finish_reason
 from shared.sequence import Sequence
-from shared.step import Outcome, Part, run_step
+from shared.step import Launched, Outcome, Part, launch_step, run_step
 from shared.token_budget import Demand, share_budget
 
 RETRY_AFTER_S = 0.5
@@ -71,6 +75,7 @@ class DecodeScheduler:
         self._holding: dict[Group, None] = {}  # reserved or running
         self._arrivals = 0
         self._steps = 0
+        self._flight: tuple[list[Member], Launched] | None = None  # the step that is computed meanwhile
         self._events: list[tuple[Callable[[Any], None], Any]] = []
 
     def prepare(self) -> None:
@@ -105,7 +110,7 @@ class DecodeScheduler:
             return
         self._engine.adopt(sequence.blocks[(group.held_tokens or 0) // self._pool.block_tokens :])
         sequence.num_computed = len(sequence.tokens)
-        self._pool.commit(sequence.tokens, sequence.blocks, group.request.cache_salt, sequence.num_computed)
+        self._pool.commit(sequence.tokens, sequence.blocks, group.request.cache_salt, sequence.num_known)
         wanted = [(index, token_id) for index, token_id in first_tokens if index not in group.unwanted]
         position = group.request.position + 1
         ends = [NewToken(i, position, None, self._finish(group, token_id, position)) for i, token_id in wanted]
@@ -147,6 +152,12 @@ class DecodeScheduler:
         num_preempted = len(self._residency.preempted)
         chosen, parts = self._plan()
         self.pause_s = 0.0
+        flight, self._flight = self._flight, None
+        self._flight = self._launch(chosen, parts, flight and flight[1])
+        if flight:
+            self._land(*flight)
+        if flight or self._flight:
+            return True
         if not parts:
             return len(self._residency.preempted) > num_preempted
         begun_s = time.monotonic()
@@ -160,6 +171,30 @@ class DecodeScheduler:
         self._advance(chosen, outcomes)
         self.pause_s = self._cores.pause_s(time.monotonic() - begun_s, len(parts), self._max_pause_s)
         return True
+
+    def _launch(
+        self, chosen: list[Member], parts: list[Part], before: Launched | None
+    ) -> tuple[list[Member], Launched] | None:
+        """None: there is nothing to compute, or it cannot be launched ahead."""
+        try:
+            launched = launch_step(self._engine, parts, before) if parts else None
+        except Exception as error:
+            self._fail(list(dict.fromkeys(member.group for member in chosen)), internal(error))
+            return None
+        if launched is None:
+            return None
+        self._steps += 1
+        return chosen, launched
+
+    def _land(self, chosen: list[Member], launched: Launched) -> None:
+        """Takes in what a launched step brought; some of its members may have left."""
+        here = [row for row, member in enumerate(chosen) if member in member.group.members]
+        try:
+            outcomes = launched.collect()
+        except Exception as error:
+            self._fail(list(dict.fromkeys(chosen[row].group for row in here)), internal(error))
+            return
+        self._advance([chosen[row] for row in here], [outcomes[row] for row in here])
 
     def load(self) -> Load:
         preempted = self._residency.preempted
@@ -233,7 +268,9 @@ class DecodeScheduler:
         running = self._residency.running
         while index < len(running) and len(decoding) + len(computing) < self._max_running:
             member = running[index]
-            if member.sequence.remaining > 1:
+            if member.ends:
+                pass  # with the token that is on its way
+            elif member.sequence.remaining > 1:
                 computing.append(member)
             elif self._residency.grow(member):
                 decoding.append(member)
@@ -272,7 +309,7 @@ class DecodeScheduler:
             for index, sampled in zip(sequence.indices, outcome.sampled, strict=True)
         ]
         if len(tokens) > 1:
-            self._pool.commit(sequence.tokens, sequence.blocks, group.request.cache_salt, sequence.num_computed)
+            self._pool.commit(sequence.tokens, sequence.blocks, group.request.cache_salt, sequence.num_known)
             going = [(t.index, t.sampled.token_id) for t in tokens if t.sampled and not t.finish]
             group.members.remove(member)
             group.members += self._residency.part(member, going)

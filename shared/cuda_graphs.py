@@ -6,11 +6,14 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from kernels.feed import feed
 from kernels.penalties import IN_PROMPT, count_tokens, edit_tokens
 from kernels.sampling import How, draw_tokens
 from shared.batch import BatchEntry, RaggedBatch
@@ -51,17 +54,24 @@ class CudaRunner:
         self._buckets = make_buckets(max_sequences)
         self._workspace = Workspace(device)
         on_cuda = self._device.type == "cuda"
-        self._inputs = StepInputs(max_sequences, block_tokens, table_width, pinned=on_cuda)
-        self._memory = self._inputs.memory.to(self._device, copy=True)
-        self._views = self._inputs.views(self._memory)
+        # two of each on the host: one step's may be read while the next one's are written
+        self._inputs = [StepInputs(max_sequences, block_tokens, table_width, pinned=on_cuda) for _ in range(2)]
+        self._drawn = [torch.zeros(max_sequences, dtype=torch.int64, pin_memory=on_cuda) for _ in range(2)]
+        self._done = [torch.cuda.Event() for _ in range(2)] if on_cuda else None
+        self._turn = 0
+        self._memory = self._inputs[0].memory.to(self._device, copy=True)
+        self._views = self._inputs[0].views(self._memory)
+        self._token_ids = torch.zeros(max_sequences, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(max_sequences, dtype=torch.int64, device=device)
-        self._drawn = torch.zeros(max_sequences, dtype=torch.int64, pin_memory=on_cuda)
-        self._counts = _Counts(max_sequences, vocab_size, self._device)
-        self._batches = {bucket: step_batch(self._views, bucket) for bucket in self._buckets}
+        # so many that those of the step before are never those that are used least
+        self._counts = _Counts(2 * max_sequences, vocab_size, self._device)
+        self._batches = {
+            bucket: replace(step_batch(self._views, bucket), token_ids=self._token_ids[:bucket])
+            for bucket in self._buckets
+        }
         self._logits: dict[int, Tensor] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._replays = replays and on_cuda
-        self._done = torch.cuda.Event() if on_cuda else None
 
     @property
     def max_sequences(self) -> int:
@@ -97,63 +107,78 @@ class CudaRunner:
 
     def run(self, entries: Sequence[BatchEntry]) -> Tensor:
         """float32 logits [len(entries), vocab], which the next run may overwrite. Draws nothing."""
-        bucket = self._stage(entries, None)
-        self._launch(bucket)
+        bucket = self._begin(entries, None, None)
         return self._logits[bucket][: len(entries)]
 
     def step(self, entries: Sequence[BatchEntry], rows: Sequence[SampleRow]) -> tuple[list[int | None], Tensor]:
         """As GraphRunner has it."""
-        bucket = self._stage(entries, rows)
-        self._launch(bucket)
-        if self._done is not None:
-            self._done.record()
-            self._done.synchronize()  # waits for this step alone, asleep and without Python's lock
-        drawn = self._drawn[: len(entries)].tolist()
-        tokens = [token if self._draws(row) else None for token, row in zip(drawn, rows, strict=True)]
+        bucket = self._begin(entries, rows, None)
+        drawn = self._wait(self._turn, len(entries))
+        tokens = [token if _draws(row) else None for token, row in zip(drawn, rows, strict=True)]
         return tokens, self._logits[bucket][: len(entries)]
 
-    @staticmethod
-    def _draws(row: SampleRow) -> bool:
-        """Whether a step draws that row's token itself; of others the sampler edits or reports logits."""
-        params = row.params
-        return params.logprobs is None and not params.logit_bias and row.position >= params.min_tokens
+    def launch(
+        self, entries: Sequence[BatchEntry], rows: Sequence[SampleRow], sources: Sequence[int]
+    ) -> Callable[[], list[int]] | None:
+        """shared.graphs.Launch."""
+        if len(entries) > self.max_sequences or not all(map(_draws, rows)):
+            return None
+        self._begin(entries, rows, sources)
+        return partial(self._wait, self._turn, len(entries))
 
-    def _stage(self, entries: Sequence[BatchEntry], rows: Sequence[SampleRow] | None) -> int:
-        """Puts a step's inputs where it reads them -> its bucket."""
-        bucket = self._buckets[bisect_left(self._buckets, len(entries))]
+    def _begin(
+        self, entries: Sequence[BatchEntry], rows: Sequence[SampleRow] | None, sources: Sequence[int] | None
+    ) -> int:
+        """Puts a step's inputs where it reads them, and has the device begin it -> its bucket."""
         if self._replays and not self._graphs:
             self.capture()
-        inputs = self._inputs
-        for index in range(bucket):
-            inputs.set(index, entries[index] if index < len(entries) else PADDING)
-            row = rows[index] if rows is not None and index < len(rows) else None
-            if row is None or not self._draws(row):
-                inputs.set_draw(index, settings=_GREEDY)
-                continue
-            p = row.params
-            inputs.set_draw(
-                index,
-                settings=(p.temperature, p.top_k, p.top_p, p.min_p),
-                seed=p.seed,
-                index=row.index,
-                position=row.position,
-                penalties=(p.repetition_penalty, p.frequency_penalty, p.presence_penalty),
-                count_slot=-1 if row.history is None else self._counts.slot(row.history),
-            )
+        bucket = self._buckets[bisect_left(self._buckets, len(entries))]
+        self._turn = 1 - self._turn
+        inputs = self._inputs[self._turn]
+        for index, entry in enumerate(entries):
+            inputs.set(index, entry, -1 if sources is None else sources[index])
+            self._set_draw(inputs, index, None if rows is None else rows[index])
+        for index in range(len(entries), bucket):
+            inputs.set(index, PADDING)
+            self._set_draw(inputs, index, None)
         num_bytes = inputs.num_bytes(bucket)
         self._memory[:num_bytes].copy_(inputs.memory[:num_bytes], non_blocking=True)
-        return bucket
-
-    def _launch(self, bucket: int) -> None:
         if self._replays:
             self._graphs[bucket].replay()
         else:
             self._compute(bucket)
+        if rows is not None:
+            self._drawn[self._turn][:bucket].copy_(self._tokens[:bucket], non_blocking=True)
+            if self._done is not None:
+                self._done[self._turn].record()
         self._launched()
+        return bucket
+
+    def _wait(self, turn: int, num_rows: int) -> list[int]:
+        """The tokens of the step begun in that turn, once they are there."""
+        if self._done is not None:
+            self._done[turn].synchronize()  # for that step alone, without Python's lock
+        return self._drawn[turn][:num_rows].tolist()
+
+    def _set_draw(self, inputs: StepInputs, index: int, row: SampleRow | None) -> None:
+        if row is None or not _draws(row):
+            inputs.set_draw(index, settings=_GREEDY)
+            return
+        p = row.params
+        inputs.set_draw(
+            index,
+            settings=(p.temperature, p.top_k, p.top_p, p.min_p),
+            seed=p.seed,
+            index=row.index,
+            position=row.position,
+            penalties=(p.repetition_penalty, p.frequency_penalty, p.presence_penalty),
+            count_slot=-1 if row.history is None else self._counts.slot(row.history, row.position),
+        )
 
     def _compute(self, bucket: int) -> None:
         """What a graph is made of."""
         views, tokens = self._views, self._tokens[:bucket]
+        feed(views["token_ids"][:bucket], views["sources"][:bucket], self._tokens, out=self._token_ids[:bucket])
         logits = self._logits[bucket] = self._forward(self._batches[bucket], self._workspace)
         edit_tokens(logits, views["count_slots"][:bucket], self._counts.table, views["penalties"][:bucket])
         draw_tokens(
@@ -165,7 +190,12 @@ class CudaRunner:
             tokens,
         )
         count_tokens(self._counts.table, views["count_slots"][:bucket], tokens)
-        self._drawn[:bucket].copy_(tokens, non_blocking=True)
+
+
+def _draws(row: SampleRow) -> bool:
+    """Whether a step draws that row's token itself; of others the sampler edits or reports logits."""
+    params = row.params
+    return params.logprobs is None and not params.logit_bias and row.position >= params.min_tokens
 
 
 class _Counts:
@@ -179,14 +209,16 @@ class _Counts:
         self._slots: WeakKeyDictionary[TokenHistory, int] = WeakKeyDictionary()
         self._num_counted: list[int] = [0] * num_slots
 
-    def slot(self, history: TokenHistory) -> int:
-        """Where the history's counts are. The step that this is asked for draws its next token, and counts it."""
+    def slot(self, history: TokenHistory, position: int) -> int:
+        """Where the counts of so many generated tokens are. The step that asks draws the next, and counts it."""
         slot = self._slots.pop(history, None)
-        if slot is None or self._num_counted[slot] != history.num_output:
+        if slot is None or self._num_counted[slot] != position:
+            if history.num_output != position:
+                raise RuntimeError(f"{position} generated tokens are not counted, and {history.num_output} are known")
             slot = self._free_slot() if slot is None else slot
             self._copy(history, slot)
         self._slots[history] = slot  # the last used is the last
-        self._num_counted[slot] = history.num_output + 1
+        self._num_counted[slot] = position + 1
         return slot
 
     def _free_slot(self) -> int:

@@ -21,7 +21,7 @@ from kernels.device import in_triton
 from shared.batch import BatchEntry, RaggedBatch, build_batch
 from shared.checkpoint import open_checkpoint
 from shared.config import ConfigError, DecodeConfig, PrefillConfig, QuantizationMode, TandemConfig
-from shared.graphs import GraphRunner, ReplayRunner
+from shared.graphs import GraphRunner, Launch, ReplayRunner
 from shared.kv_cache import DTYPES, KvCache, KvLayout
 from shared.model_files import ModelFiles, read_json
 from shared.models.architecture import Architecture
@@ -99,6 +99,8 @@ class Engine:
         self._decoder = Decoder(plan.architecture, _load_weights(plan), deterministic=plan.deterministic)
         self._in_triton = in_triton("the engine", self.kv.pool)
         self._runner = self._make_runner()
+        # begins a step before the one before has ended; None on a CPU, whose cores have the step to compute
+        self.launch: Launch | None = getattr(self._runner, "launch", None)
 
     def use_thread(self) -> None:
         """Called once on each thread that runs forwards: torch counts threads for each thread that calls it."""
@@ -150,7 +152,7 @@ class Engine:
 
     def close(self) -> None:
         """Lets go of the weights and the pool; no forward can follow."""
-        del self._runner
+        del self._runner, self.launch
         self._decoder.close()
         self.kv.close()
 

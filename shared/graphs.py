@@ -40,6 +40,12 @@ class GraphRunner(Protocol):
         ...
 
 
+# Begins a step of entries and rows that draws all its tokens; the result waits for them, and is called before the next
+# step but one is begun. The third argument: of each entry the row of the step begun before whose token it starts with,
+# -1 = its own. None: one of the rows is left to the sampler, and nothing was begun.
+Launch = Callable[[Sequence[BatchEntry], Sequence[SampleRow], Sequence[int]], Callable[[], list[int]] | None]
+
+
 class ReplayRunner:
     """Records each bucket's ops once and replays them by one call into C: a CUDA graph's counterpart on a CPU.
 

@@ -55,7 +55,7 @@ class SampleRow:
     """One sequence that samples in this step.
 
     index: which of the request's n samples; position: how many tokens it has generated already.
-    history: needed where `params.penalized`, and then with `num_output == position`.
+    history: needed where `params.penalized`, and then of all but the last `pending` tokens.
     """
 
     params: SamplingParams
@@ -63,12 +63,13 @@ class SampleRow:
     index: int = 0
     eos_token_ids: Sequence[int] = ()
     history: TokenHistory | None = None
+    pending: int = 0
 
     def __post_init__(self) -> None:
         if self.history is None:
             if self.params.penalized:
                 raise ValueError("a row with penalties needs its token history")
-        elif self.history.num_output != self.position:
+        elif self.history.num_output + self.pending != self.position:
             raise ValueError(f"history of {self.history.num_output} generated tokens at position {self.position}")
 
     @classmethod

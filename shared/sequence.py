@@ -15,6 +15,7 @@ class Sequence:
     """Tokens, and the blocks that hold the KV of the first `num_computed` of them.
 
     indices: the outputs that continue these tokens. A prompt has all of its request's, a fork has one.
+    pending: tokens after these that a device has drawn, or will before it computes on, and that are not known yet.
     """
 
     request: TokenRequest
@@ -22,6 +23,7 @@ class Sequence:
     tokens: list[int]
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
+    pending: int = 0
     _history: TokenHistory | None = None
 
     @classmethod
@@ -43,7 +45,12 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens whose KV is still to compute; 1 in a decode step."""
-        return len(self.tokens) - self.num_computed
+        return len(self.tokens) + self.pending - self.num_computed
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that are known, and whose KV is computed."""
+        return min(self.num_computed, len(self.tokens))
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -52,8 +59,8 @@ class Sequence:
         return asked and self.num_computed + 1 < self.request.num_prompt_tokens
 
     def blocks_for_tokens(self, block_tokens: int) -> int:
-        """Blocks that hold all the tokens there are."""
-        return -(-len(self.tokens) // block_tokens)
+        """Blocks that hold all the tokens there are, pending ones too."""
+        return -(-(len(self.tokens) + self.pending) // block_tokens)
 
     def append(self, token_id: int) -> None:
         """Adds a generated token."""
@@ -62,15 +69,18 @@ class Sequence:
             self._history.append(token_id)
 
     def entry(self, num_tokens: int) -> BatchEntry:
-        """The next `num_tokens` tokens as a part of a forward."""
+        """The next `num_tokens` tokens as a part of a forward; in the place of a pending one, 0."""
         end = self.num_computed + num_tokens
-        wants = "all" if self.wants_prompt_logprobs else "last" if end == len(self.tokens) else "none"
-        return BatchEntry(self.tokens[self.num_computed : end], self.num_computed, self.blocks, wants)
+        wants = "all" if self.wants_prompt_logprobs else "last" if self.remaining == num_tokens else "none"
+        token_ids = self.tokens[self.num_computed : end] if end <= len(self.tokens) else (0,) * num_tokens
+        return BatchEntry(token_ids, self.num_computed, self.blocks, wants)
 
     def sample_rows(self, eos_token_ids: Ordered[int]) -> list[SampleRow]:
         """One row for each output that continues these tokens."""
+        position = self.position + self.pending
         return [
-            SampleRow(self.request.params, self.position, index, eos_token_ids, self._history) for index in self.indices
+            SampleRow(self.request.params, position, index, eos_token_ids, self._history, self.pending)
+            for index in self.indices
         ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -32,6 +33,50 @@ class Outcome:
     error: Exception | None = None  # the logits define no distribution
 
 
+class Launched:
+    """A step that a device works on, and draws the tokens of. Its sequences have one more pending."""
+
+    def __init__(self, parts: Ordered[Part], wait: Callable[[], list[int]]) -> None:
+        self.parts = parts
+        self._wait = wait
+        self._rows = {id(part.sequence): row for row, part in enumerate(parts)}
+
+    def row_of(self, sequence: Sequence) -> int:
+        """Where one of its sequences stands in the step. Raises KeyError for another."""
+        return self._rows[id(sequence)]
+
+    def collect(self) -> list[Outcome]:
+        """Waits for the tokens; one outcome for each part."""
+        tokens = self._wait()
+        for part in self.parts:
+            part.sequence.pending -= 1
+        return [_drawn(token) for token in tokens]
+
+
+def launch_step(engine: Engine, parts: Ordered[Part], before: Launched | None) -> Launched | None:
+    """Begins a step of one token of each sequence, perhaps before the tokens of the one before are known.
+
+    None, and nothing begun, for what only `run_step` does: then those tokens have to be known first.
+    """
+    if engine.launch is None:
+        return None
+    entries = [sequence.entry(num_tokens) for sequence, num_tokens in parts]
+    rows: list[SampleRow] = []
+    sources: list[int] = []
+    for (sequence, num_tokens), entry in zip(parts, entries, strict=True):
+        if num_tokens != 1 or entry.wants != "last" or len(sequence.indices) != 1:
+            return None
+        rows += sequence.sample_rows(engine.plan.eos_token_ids)
+        sources.append(before.row_of(sequence) if before and sequence.pending else -1)
+    wait = engine.launch(entries, rows, sources)
+    if wait is None:
+        return None
+    for sequence, _ in parts:
+        sequence.num_computed += 1
+        sequence.pending += 1
+    return Launched(parts, wait)
+
+
 def run_step(engine: Engine, parts: Ordered[Part]) -> list[Outcome]:
     """Computes the parts and moves their sequences' `num_computed` on; one outcome for each part."""
     entries = [sequence.entry(num_tokens) for sequence, num_tokens in parts]
@@ -44,7 +89,7 @@ def run_step(engine: Engine, parts: Ordered[Part]) -> list[Outcome]:
         drawn, logits = engine.step(entries, [row for [row] in asked_of])
     else:
         logits = engine.forward(entries)
-    outcomes = [Outcome() for _ in parts]
+    outcomes = [Outcome() if token is None else _drawn(token) for token in drawn]
     rows: list[int] = []
     samples: list[SampleRow] = []
     owners: list[Outcome] = []
@@ -56,15 +101,18 @@ def run_step(engine: Engine, parts: Ordered[Part]) -> list[Outcome]:
         if entry.wants == "all":
             _report_prompt(logits[first : first + num_rows], sequence, outcome)
         sequence.num_computed += num_tokens
-        if token is not None:
-            outcome.sampled, outcome.error = ([], InvalidLogits([first])) if token < 0 else ([Sampled(token)], None)
-        else:
+        if token is None:
             samples += asked
             rows += [first + num_rows - 1] * len(asked)
             owners += [outcome] * len(asked)
         first += num_rows
     _sample(logits, rows, samples, owners)
     return outcomes
+
+
+def _drawn(token_id: int) -> Outcome:
+    """What a device has drawn: -1 where the logits define no distribution."""
+    return Outcome(error=InvalidLogits([0])) if token_id < 0 else Outcome([Sampled(token_id)])
 
 
 def _report_prompt(logits: Tensor, sequence: Sequence, outcome: Outcome) -> None:

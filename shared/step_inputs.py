@@ -22,6 +22,7 @@ _FIELDS: dict[str, tuple[torch.dtype, int]] = {
     "context_lens": (torch.int32, 1),
     "output_indices": (torch.int32, 1),
     "output_positions": (torch.int32, 1),
+    "sources": (torch.int32, 1),  # kernels/feed.py
     "count_slots": (torch.int32, 1),  # kernels/penalties.py; -1 = none
     "penalties": (torch.float32, 3),
 }
@@ -42,7 +43,7 @@ class StepInputs:
         self._arrays: dict[str, np.ndarray] = {name: view.numpy() for name, view in views.items()}
         self.seeds = self._arrays["seeds"].view(np.uint64)
         self._arrays["block_tables"][:] = NULL_BLOCK
-        self._arrays["count_slots"][:] = -1
+        self._arrays["count_slots"][:] = self._arrays["sources"][:] = -1
         for row in range(max_sequences):
             self.set(row, PADDING)
 
@@ -63,8 +64,8 @@ class StepInputs:
         tables = memory[self.num_bytes(0) :].view(torch.int32)
         return {**found, "block_tables": tables.view(self.max_sequences, self.table_width)}
 
-    def set(self, row: int, entry: BatchEntry) -> None:
-        """Raises ValueError for an entry of more than one token, or beyond its blocks."""
+    def set(self, row: int, entry: BatchEntry, source: int = -1) -> None:
+        """source: kernels/feed.py. Raises ValueError for an entry of more than one token, or beyond its blocks."""
         position, blocks, arrays = entry.start_position, entry.block_table, self._arrays
         if len(entry.token_ids) != 1 or not 0 <= position < len(blocks) * self.block_tokens:
             raise ValueError(
@@ -72,6 +73,7 @@ class StepInputs:
                 f"{self.block_tokens}; a step computes one token of each sequence"
             )
         arrays["token_ids"][row] = entry.token_ids[0]
+        arrays["sources"][row] = source
         arrays["positions"][row] = position
         arrays["context_lens"][row] = position + 1
         slot = blocks[position // self.block_tokens] * self.block_tokens + position % self.block_tokens

@@ -15,6 +15,7 @@ from decode_worker.scheduler import DecodeScheduler
 from decode_worker.swap_space import SwapSpace
 from shared.block_pool import BlockPool
 from shared.engine import Engine
+from tests.ahead import AheadEngine
 from tests.engines import tiny_engine, token_request
 from tests.workers import Request, sampling
 
@@ -105,9 +106,10 @@ class Bench:
         assert self.swap is None or self.swap.used_bytes == 0
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_model: MakeModel) -> Engine:
-    return tiny_engine(tiny_model("llama"))
+@pytest.fixture(params=["at once", "ahead"])
+def engine(request: pytest.FixtureRequest, tiny_model: MakeModel) -> Engine:
+    engine = tiny_engine(tiny_model("llama"))
+    return engine if request.param == "at once" else AheadEngine(engine)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -123,13 +125,13 @@ def mixed_request(seed: int, max_tokens: int = 40) -> Request:
         top_k=rng.choice((0, 20)),
         seed=seed,
         repetition_penalty=rng.choice((1.0, 1.2)),
-        logprobs=rng.choice((0, 3)),
+        **rng.choice(({}, {}, {"logprobs": 3})),
     )
     return Request(prompt(rng.choice((1, 15, 16, 17, 40)), seed), params)
 
 
 def alone(engine: Engine, request: Request) -> dict[int, list[int]]:
-    bench = Bench(engine)
+    bench = Bench(engine.at_once if isinstance(engine, AheadEngine) else engine)
     group = bench.submit(request)
     bench.run()
     bench.check_empty()
@@ -263,6 +265,7 @@ def test_release_at_any_step_frees_everything(engine: Engine, steps: int, swap_b
         bench.scheduler.release(group)
         bench.scheduler.release(group)
     bench.check_empty()
+    bench.scheduler.step()  # lands what was on its way
     assert not bench.scheduler.step()
 
 
@@ -399,3 +402,36 @@ def test_random_traffic_never_stalls_or_leaks(engine: Engine) -> None:
     for group, request in kept[::4]:
         assert bench.tokens(group) == alone(engine, request)
     bench.check_empty()
+
+
+def test_a_step_is_begun_before_the_tokens_of_the_one_before_are_known(tiny_model: MakeModel) -> None:
+    engine = AheadEngine(tiny_engine(tiny_model("llama")))
+    requests = [Request(prompt(20, seed), sampling(max_tokens=30, temperature=1.0, seed=seed)) for seed in range(3)]
+    bench = Bench(engine)
+    groups = [bench.submit(request) for request in requests]
+    bench.run()
+    for group, request in zip(groups, requests, strict=True):
+        assert bench.tokens(group) == alone(engine, request)
+    # the first token comes with the prompt, and the second is the first that a step ahead begins with
+    assert (engine.num_launched, engine.num_fed, engine.num_waiting) == (29, 3 * 28, 0)
+    bench.check_empty()
+
+
+@pytest.mark.parametrize("end", range(2, 14))
+def test_a_stop_token_leaves_one_step_too_many_and_nothing_else(tiny_model: MakeModel, end: int) -> None:
+    engine = AheadEngine(tiny_engine(tiny_model("llama")))
+    params = sampling(max_tokens=40, temperature=1.0, seed=5)
+    tokens = alone(engine, Request(prompt(20), params))[0]
+    params.stop_token_ids.append(tokens[end])
+    other = Request(prompt(20, 2), sampling(max_tokens=30))
+    expected = alone(engine, other)
+    bench = Bench(engine, num_blocks=6)
+    ending = bench.submit(Request(prompt(20), params))
+    going = bench.submit(other)
+    bench.run()
+    assert bench.tokens(ending)[0] == tokens[: tokens.index(tokens[end]) + 1]
+    assert bench.tokens(going) == expected
+    bench.check_empty()
+    again = bench.submit(Request(prompt(20), params))
+    bench.run()
+    assert bench.tokens(again) == bench.tokens(ending)

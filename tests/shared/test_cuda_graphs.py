@@ -143,3 +143,56 @@ def test_a_slot_goes_to_who_comes_when_all_are_taken(make_engine: Callable[..., 
     for row in (*rows, *rows):
         tokens, _ = engine.step([entry], [row])
         assert tokens == [sample(raw, [row])[0].token_id]
+
+
+@pytest.mark.slow
+def test_a_step_ahead_begins_with_what_the_one_before_draws(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    rows = [
+        SampleRow.from_tokens(params, prompt, len(prompt)) for params, prompt in zip(SAMPLINGS, PROMPTS, strict=True)
+    ]
+    lengths = [len(prompt) for prompt in PROMPTS]
+
+    def entries(step: int, last: Sequence[int], members: Sequence[int]) -> list[BatchEntry]:
+        return [BatchEntry([last[row]], lengths[row] - 1 + step, blocks_of(row)) for row in members]
+
+    def asked(step: int, members: Sequence[int], pending: int) -> list[SampleRow]:
+        return [replace(rows[row], position=step, pending=pending) for row in members]
+
+    def restart() -> list[int]:
+        prefill(engine, PROMPTS)
+        return [prompt[-1] for prompt in PROMPTS]
+
+    # ahead: the second step leaves one out and has another order, and so does the third
+    orders = [[0, 1, 2, 3], [2, 0, 3], [3, 2]]
+    last = restart()
+    waits = []
+    for step, members in enumerate(orders):
+        sources = [-1] * 4 if not step else [orders[step - 1].index(row) for row in members]
+        given = entries(step, last if not step else [0] * 4, members)
+        assert engine.launch is not None
+        waits.append(engine.launch(given, asked(step, members, step), sources))
+        if step:  # the tokens of the one before are asked for when the next has begun
+            waits[step - 1] = waits[step - 1]()
+    waits[-1] = waits[-1]()
+
+    last = restart()
+    for params, prompt, row in zip(SAMPLINGS, PROMPTS, range(4), strict=True):
+        rows[row] = SampleRow.from_tokens(params, prompt, len(prompt))
+    for step, members in enumerate(orders):
+        drawn, _ = engine.step(entries(step, last, members), asked(step, members, 0))
+        assert drawn == waits[step]
+        for row, token in zip(members, drawn, strict=True):
+            assert token is not None
+            last[row] = token
+            history = rows[row].history
+            if history is not None:
+                history.append(token)
+
+
+@pytest.mark.slow
+def test_a_row_that_reports_or_edits_is_not_begun_ahead(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    row = SampleRow(SamplingParams(**PLAIN, temperature=0, logprobs=0), 0)
+    assert engine.launch is not None
+    assert engine.launch([BatchEntry([1], 0, [1])], [row], [-1]) is None
