@@ -285,7 +285,9 @@ def _tiles(capability: int, dtype: torch.dtype, width: int, *, decode: bool) -> 
     decode as in prefill. On sm_90 every row lies in one warp, whatever the rows of a tile; elsewhere both use one tile.
     """
     if dtype == torch.float32:  # no matrix units
-        return _Tiles(16, 16, 4, 1)
+        if capability >= 90:
+            return _Tiles(16, 16, 4, 2)
+        return _Tiles(32, 16, 8, 1) if width <= 64 else _Tiles(16, 16, 8, 2)
     if 100 <= capability < 110:
         return _Tiles(128, 64, 8, 2) if width <= 128 else _Tiles(64, 64, 8, 2)
     if capability == 90:
@@ -299,24 +301,32 @@ def _tiles(capability: int, dtype: torch.dtype, width: int, *, decode: bool) -> 
 
 
 def variants(capability: int) -> list[Variant]:
-    """Groups are SmolLM2's for a head_dim of 64, Llama-3.1-8B's for the others."""
+    """Groups are SmolLM2's for a head_dim of 64, Llama-3.1-8B's for the others.
+
+    Caps are Gemma's, windows Gemma's, Mistral's and Phi-3's, slopes BLOOM's.
+    """
+    plain, windowed, capped, alibi = (), ("windowed",), ("capped",), ("alibi",)
     found = []
-    for element, head_dim in (*(("bf16", d) for d in (64, 80, 96, 128, 256)), ("fp32", 64), ("fp32", 128)):
-        plain = {"windowed": False, "capped": False, "alibi": False}
-        found += _variants(capability, element, head_dim, **plain)
-        if head_dim in (64, 128, 256):
-            for option in plain:
-                found += _variants(capability, element, head_dim, **{**plain, option: True})
-            found += _variants(capability, element, head_dim, **dict.fromkeys(plain, True))
+    for head_dim, options in {
+        64: (plain, windowed, alibi),
+        80: (plain,),
+        96: (plain, windowed),
+        128: (plain, windowed, capped, windowed + capped, alibi),
+        256: (plain, windowed, capped, windowed + capped),
+    }.items():
+        for option in options:
+            found += _variants(capability, "bf16", head_dim, option)
+    for head_dim in (64, 128):
+        for option in (plain, windowed):
+            found += _variants(capability, "fp32", head_dim, option)
     return found
 
 
-def _variants(
-    capability: int, element: str, head_dim: int, *, windowed: bool, capped: bool, alibi: bool
-) -> list[Variant]:
-    """Prefill, decode, and where they are other than any before, _reduce."""
+def _variants(capability: int, element: str, head_dim: int, options: tuple[str, ...]) -> list[Variant]:
+    """Prefill, decode, and where it is not that of another, _reduce."""
+    windowed, capped, alibi = (option in options for option in ("windowed", "capped", "alibi"))
     width = _width(head_dim)
-    name = f"{element} {head_dim}{' windowed' * windowed}{' capped' * capped}{' alibi' * alibi}"
+    name = " ".join((element, str(head_dim), *options))
     lengths = {"cu_seqlens": "*i32", "context_lens": "*i32"}
     strides = ("k_block", "k_head", "k_token", "v_block", "v_head", "v_token")
     arguments = {

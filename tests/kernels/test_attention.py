@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.attention import attention_workspace, paged_attention, paged_attention_reference
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
 
 
@@ -63,6 +64,14 @@ class Case:
         return self.run([(sequence, position, position + 1) for position in positions], decode=True)
 
 
+@pytest.fixture(params=[pytest.param("cpu", id="interpreted"), pytest.param("cuda", marks=pytest.mark.gpu)])
+def in_triton(request: pytest.FixtureRequest) -> str:
+    """The device for what Triton alone computes."""
+    if request.param == "cpu":
+        request.getfixturevalue("interpreter")
+    return request.param
+
+
 def make_case(
     lengths: list[int],
     heads: int = 9,
@@ -102,18 +111,46 @@ def make_case(
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@DTYPES
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
-    [(3, 3, 64), (9, 3, 64), (8, 1, 80), (16, 2, 96), (4, 4, 8), (5, 1, 128), (6, 2, 256), (71, 1, 64), (2, 1, 24)],
+    [(2, 2, 64), (6, 2, 64), (8, 1, 80), (4, 2, 96), (2, 2, 8), (5, 1, 128), (4, 2, 256), (2, 1, 24)],
 )
 def test_prefill_and_decode_match_the_reference(
     on: str, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    case = make_case([1, 15, 16, 17, 55, 130], heads, kv_heads, head_dim, dtype, device=on)
-    spans = [(0, 0, 1), (1, 14, 15), (2, 0, 16), (3, 16, 17), (4, 0, 55), (5, 77, 130)]
+    case = make_case([1, 15, 16, 17, 35, 80], heads, kv_heads, head_dim, dtype, device=on)
+    spans = [(0, 0, 1), (1, 14, 15), (2, 0, 16), (3, 16, 17), (4, 0, 35), (5, 70, 80)]
     out, expected = case.run(spans), case.run(spans, reference=True)
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    spans = [(s, len(queries) - 1, len(queries)) for s, queries in enumerate(case.queries)]
+    out, expected = case.run(spans, decode=True), case.run(spans, reference=True)
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@DTYPES
+def test_more_heads_than_a_tile_has_rows_share_a_kv_head(on: str, dtype: torch.dtype) -> None:
+    case = make_case([5, 3], 71, 1, 64, dtype, device=on)
+    spans = [(0, 0, 5), (1, 2, 3)]
+    out, expected = case.run(spans), case.run(spans, reference=True)
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert torch.equal(case.step(0, 4), case.whole()[[0, 4]])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(1, 1), (4, 1), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((8, 1), (9, 3)))]
+)
+def test_prompts_around_the_edges_of_tiles(on: str, heads: int, kv_heads: int) -> None:
+    """Every token of every prompt: among all prompts, in its own alone, and decoded."""
+    lengths = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129]
+    case = make_case(lengths, heads, kv_heads, 64, torch.bfloat16, device=on)
+    spans = [(s, 0, length) for s, length in enumerate(lengths)]
+    together = case.run(spans)
+    torch.testing.assert_close(together.double(), case.run(spans, reference=True), atol=8e-3, rtol=8e-3)
+    assert torch.equal(torch.cat([case.whole(s) for s in range(len(lengths))]), together)
+    tokens = [(s, i, i + 1) for s, length in enumerate(lengths) for i in range(length)]
+    chosen = [i for i, (s, p, _) in enumerate(tokens) if p in (0, 15, 16, 63, 64) or p + 1 == lengths[s]]
+    assert torch.equal(case.run([tokens[i] for i in chosen], decode=True), together[chosen])
 
 
 @pytest.mark.parametrize("window", [1, 7, 64, 100, 600])
@@ -124,21 +161,24 @@ def test_sliding_windows_and_block_sizes_match_the_reference(window: int, block_
     torch.testing.assert_close(case.run(spans).double(), case.run(spans, reference=True), atol=2e-6, rtol=2e-6)
 
 
-def test_large_scores_neither_overflow_nor_vanish() -> None:
-    case = make_case([300])
+def test_large_scores_neither_overflow_nor_vanish(on: str) -> None:
+    case = make_case([140], 2, 1, device=on)
     case.queries[0] *= 100
-    torch.testing.assert_close(case.whole().double(), case.run([(0, 0, 300)], reference=True), atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(case.whole().double(), case.run([(0, 0, 140)], reference=True), atol=2e-4, rtol=2e-4)
 
 
-def test_a_nan_key_reaches_every_row_that_sees_it_and_no_other() -> None:
-    case = make_case([40], heads=2, kv_heads=1)
+def test_a_nan_key_reaches_every_row_that_sees_it_and_no_other(on: str) -> None:
+    case = make_case([40], heads=2, kv_heads=1, device=on)
     case.k_cache[case.tables[0][1], :, 4] = torch.nan  # position 20
     out = case.whole()
     assert out[:20].isfinite().all()
     assert out[20:].isnan().all()
+    steps = case.step(0, 19, 20, 39)
+    assert steps[:2].isfinite().all()
+    assert steps[2:].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@DTYPES
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 3, 64), (9, 3, 64), (8, 1, 80), (16, 2, 40)])
 @pytest.mark.parametrize("window", [None, 70])
 def test_chunks_and_decode_steps_give_the_bits_of_the_whole_prefill(
@@ -155,7 +195,7 @@ def test_chunks_and_decode_steps_give_the_bits_of_the_whole_prefill(
     assert torch.equal(torch.cat([case.run([(0, i, i + 1)]) for i in steps]), whole[steps])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@DTYPES
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "longest", "window"),
     [(9, 3, 64, 200, None), (9, 3, 64, 700, 70), (60, 20, 24, 140, None), (16, 1, 40, 600, 300)],
@@ -175,6 +215,119 @@ def test_neighbours_and_padding_leave_the_bits_alone(
     assert torch.equal(mixed, torch.cat([case.whole(0), alone[1], case.whole(2)]))
 
 
+@pytest.mark.parametrize(
+    ("length", "dtype", "window"),
+    [
+        (1040, torch.bfloat16, None),
+        (600, torch.bfloat16, 1),
+        (600, torch.bfloat16, 100),
+        (520, torch.float32, 50),
+        pytest.param(600, torch.float32, None, marks=pytest.mark.slow),
+    ],
+)
+def test_a_token_has_the_same_bits_in_prefill_chunk_and_decode_on_cuda(
+    in_triton: str, length: int, dtype: torch.dtype, window: int | None
+) -> None:
+    """Across splits. With a window, some rows of a tile see nothing of a tile or split that others see."""
+    case = make_case([length, 70], 2, 1, 64, dtype, window, device=in_triton)
+    whole = case.whole()
+    expected = case.run([(0, 0, length)], reference=True)
+    torch.testing.assert_close(whole.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    for begin, end in ((0, 5), (1, 66), (505, 515), (515, length)):
+        among = case.run([(1, 0, 70), (0, begin, end), (1, 69, 70), (0, 3, 3)], padding=2)
+        assert torch.equal(among[70 : 70 + end - begin], whole[begin:end]), (begin, end)
+    steps = [0, 1, 64, 510, 511, 512, 513, length - 1]
+    assert torch.equal(case.step(*steps), whole[steps])
+    assert torch.equal(torch.cat([case.step(i) for i in steps[-2:]]), whole[steps[-2:]])
+    assert torch.equal(case.run([(0, 512, 513), (1, 9, 9), (0, 511, 512)], decode=True, padding=1), whole[[512, 511]])
+
+
+@pytest.mark.slow
+@DTYPES
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 1, 64), (8, 2, 128), (4, 2, 256), (3, 1, 80)])
+@pytest.mark.parametrize("window", [None, 300])
+def test_chunks_and_decode_steps_of_long_prompts_on_cuda(
+    in_triton: str, heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype
+) -> None:
+    lengths = [1000, 513, 1, 700]
+    case = make_case(lengths, heads, kv_heads, head_dim, dtype, window, device=in_triton)
+    whole = case.whole()
+    expected = case.run([(0, 0, 1000)], reference=True)
+    torch.testing.assert_close(whole.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    for chunk in (17, 256, 511):
+        parts = [case.run([(0, i, min(i + chunk, 1000))]) for i in range(0, 1000, chunk)]
+        assert torch.equal(torch.cat(parts), whole), chunk
+    mixed = case.run([(1, 0, 513), (0, 0, 1000), (3, 699, 700), (2, 0, 1)])
+    assert torch.equal(mixed[513:1513], whole)
+    steps = list(range(0, 1000, 7))
+    assert torch.equal(case.step(*steps), whole[steps])
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_decode_has_the_bits_of_prefill_with_the_tiles_of_every_gpu(
+    interpreter: None, monkeypatch: pytest.MonkeyPatch, capability: int, head_dim: int
+) -> None:
+    from kernels.cuda import attention
+
+    monkeypatch.setattr(attention, "_capability", lambda _: capability)
+    case = make_case([530], 2, 1, head_dim, torch.bfloat16)
+    out, expected = case.run([(0, 500, 530)]), case.run([(0, 500, 530)], reference=True)
+    torch.testing.assert_close(out.double(), expected, atol=8e-3, rtol=8e-3)
+    assert torch.equal(case.step(511, 512), out[[11, 12]])
+
+
+@DTYPES
+@pytest.mark.parametrize(("slopes", "soft_cap", "window"), [(True, None, None), (False, 5.0, 30), (True, 5.0, 30)])
+def test_alibi_and_soft_caps_match_the_reference(
+    in_triton: str, slopes: bool, soft_cap: float | None, window: int | None, dtype: torch.dtype
+) -> None:
+    case = make_case([90], 4, 2, 64, dtype, window, device=in_triton, slopes=slopes, soft_cap=soft_cap)
+    out, expected = case.run([(0, 60, 90)]), case.run([(0, 60, 90)], reference=True)
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert torch.equal(case.step(60, 64, 89), out[[0, 4, 29]])
+
+
+def test_a_soft_cap_bounds_large_scores_and_keeps_a_nan(in_triton: str) -> None:
+    case = make_case([40], 2, 1, device=in_triton, soft_cap=30.0)
+    case.queries[0] *= 1000
+    torch.testing.assert_close(case.whole().double(), case.run([(0, 0, 40)], reference=True), atol=1e-4, rtol=1e-4)
+    case.k_cache[case.tables[0][1], :, 4] = torch.nan  # position 20
+    assert case.whole()[:20].isfinite().all()
+    assert case.whole()[20:].isnan().all()
+
+
+def test_nothing_is_read_outside_of_what_is_seen(in_triton: str) -> None:
+    """Neither table entries beyond the context nor, with a window, the values that no row of a call sees."""
+    case = make_case([300], 2, 1, 64, torch.bfloat16, 20, device=in_triton)
+    steps, chunk = case.step(290), case.run([(0, 270, 291)])
+    for block in case.tables[0][:15]:  # positions 0 .. 239: handed to somebody else
+        case.v_cache[block] = torch.nan
+    case.tables[0][:15] = [-(2**31)] * 15
+    case.tables[0] += [2**31 - 1] * 3
+    assert torch.equal(case.step(290), steps)
+    assert torch.equal(case.run([(0, 270, 291)]), chunk)
+
+
+@pytest.mark.parametrize("max_query_len", [None, 1])
+def test_on_cuda_lengths_that_do_not_fit_leave_everything_else_alone(in_triton: str, max_query_len: int | None) -> None:
+    """A sequence without a context gives 0, one with more than its table holds has what the table holds."""
+    case = make_case([32], 2, 1, device=in_triton)
+    q = torch.cat([case.queries[0][:1]] * 3)
+    out = torch.full((4, 128), torch.nan, device=in_triton)
+
+    def integers(*values: object) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=in_triton)
+
+    paged_attention(
+        q, case.k_cache, case.v_cache, integers(0, 1, 2, 2, 9), integers(0, 1000, 7, 8),
+        integers(*[case.tables[0]] * 4), 0.125, max_query_len=max_query_len, out=out[:3],
+    )  # fmt: skip
+    assert (out[0] == 0).all()
+    assert out[1].isfinite().all()
+    assert out[3].isnan().all()
+
+
 @pytest.mark.parametrize("window", [None, 900])
 def test_the_number_of_threads_leaves_the_bits_alone(window: int | None) -> None:
     case = make_case([2500, 3], window=window)  # one sequence alone is shared out by splits
@@ -192,10 +345,11 @@ def test_the_number_of_threads_leaves_the_bits_alone(window: int | None) -> None
     assert torch.equal(results[0][1][9], results[0][0][0])
 
 
-def test_empty_sequences_and_empty_batches() -> None:
-    case = make_case([20, 30])
-    assert torch.equal(case.run([(0, 5, 5), (1, 29, 30), (0, 0, 0)]), case.whole(1)[29:])
-    assert case.run([(0, 5, 5)]).shape == (0, 9 * 64)
+@pytest.mark.parametrize("decode", [False, True])
+def test_empty_sequences_and_empty_batches(on: str, decode: bool) -> None:
+    case = make_case([20, 30], device=on)
+    assert torch.equal(case.run([(0, 5, 5), (1, 29, 30), (0, 0, 0)], decode=decode), case.whole(1)[29:])
+    assert case.run([(0, 5, 5)], decode=decode).shape == (0, 9 * 64)
 
 
 def test_broken_contracts_are_refused() -> None:
@@ -222,7 +376,13 @@ def test_broken_contracts_are_refused() -> None:
         "wanted one more": {"context_lens": torch.ones(2, dtype=torch.int32)},
         "at least 1": {"sliding_window": 0},
         "out must be": {"out": torch.empty(3)},
-        "runs on: cpu": {"q": q.to("meta")},
+        "runs on: cpu, cuda": {"q": q.to("meta")},
+        "like q, got one on meta": {"context_lens": context.to("meta")},
+        "do not make 40 query tokens": {"max_query_len": 39},
+        "alibi_slopes must be": {"alibi_slopes": torch.ones(8)},
+        "alibi_slopes and soft_cap are CUDA's alone": {"alibi_slopes": torch.ones(9)},
+        "are CUDA's alone": {"soft_cap": 30.0},
+        "soft_cap must be above 0": {"soft_cap": 0.0},
     }.items():
         with pytest.raises(ValueError, match=message):
             run(**change)
@@ -234,3 +394,21 @@ def test_broken_contracts_are_refused() -> None:
     }.items():
         with pytest.raises(IndexError, match=message):
             run(**change)
+
+
+def test_broken_contracts_of_cuda_alone_are_refused(interpreter: None) -> None:
+    case = make_case([5])
+    with pytest.raises(ValueError, match="multiple of 8 up to 256"):
+        make_case([5], 1, 1, 264).whole()
+    arguments = (
+        case.queries[0][4:], case.k_cache, case.v_cache, torch.tensor([0, 1], dtype=torch.int32),
+        torch.tensor([5], dtype=torch.int32), torch.tensor(case.tables, dtype=torch.int32), 0.125,
+    )  # fmt: skip
+    size = attention_workspace(1, 9, 64, 16)
+    assert torch.equal(
+        paged_attention(*arguments, max_query_len=1),
+        paged_attention(*arguments, max_query_len=1, workspace=torch.empty(size)),
+    )
+    for workspace in (torch.empty(size - 1), torch.empty(size).double(), torch.empty(size, 2)[:, 0]):
+        with pytest.raises(ValueError, match="workspace must be"):
+            paged_attention(*arguments, max_query_len=1, workspace=workspace)
