@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -196,3 +197,22 @@ def test_a_row_that_reports_or_edits_is_not_begun_ahead(make_engine: Callable[..
     row = SampleRow(SamplingParams(**PLAIN, temperature=0, logprobs=0), 0)
     assert engine.launch is not None
     assert engine.launch([BatchEntry([1], 0, [1])], [row], [-1]) is None
+
+
+def test_no_step_waits_for_the_device_but_for_its_tokens() -> None:
+    """What a decode step runs through has no copy to the host and no wait, but for the tokens' own."""
+    root = Path(__file__).resolve().parents[2]
+    files = [*(root / "kernels/cuda").glob("*.py"), root / "kernels/feed.py", root / "kernels/penalties.py"]
+    files += [root / f"kernels/{op}.py" for op in ("activation", "gather", "linear", "rms_norm", "layer_norm")]
+    files += [root / f"shared/{name}.py" for name in ("cuda_graphs", "models/decoder", "workspace")]
+    waits = re.compile(r"synchronize\(|\.(item|tolist|cpu|numpy)\(|\.to\(.cpu")
+    found = {
+        f"{path.relative_to(root)}: {line.strip()}"
+        for path in files
+        for line in path.read_text().splitlines()
+        if waits.search(line)
+    }
+    assert found == {
+        "shared/cuda_graphs.py: self._done[turn].synchronize()  # for that step alone, without Python's lock",
+        "shared/cuda_graphs.py: return self._drawn[turn][:num_rows].tolist()",
+    }
