@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
-from shared.batch import BatchEntry, RaggedBatch, build_batch
+from kernels.sampling import How, draw
+from shared.batch import NULL_BLOCK, BatchEntry, RaggedBatch, build_batch
 from shared.checkpoint import open_checkpoint
 from shared.config import ConfigError, DecodeConfig, PrefillConfig, QuantizationMode, TandemConfig
 from shared.graphs import GraphRunner, Launch, ReplayRunner
@@ -33,6 +34,8 @@ from shared.policies.table import architecture_of
 from shared.workspace import Workspace
 
 DEFAULT_DTYPE = "bfloat16"
+# Prompts that between them take every tile of kernels/cuda/linear.py, ranges side by side and in turn.
+_CUDA_LENGTHS = (16, 64, 128, 512, 1024, 4096)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class EnginePlan:
             max_running=section.max_running,
             num_threads=config.threads or len(os.sched_getaffinity(0)),
             deterministic=config.deterministic,
-            enable_cuda_graph=config.enable_cuda_graph,
+            # prompts are of any length, and a step of theirs is worth its launches
+            enable_cuda_graph=config.enable_cuda_graph and isinstance(section, DecodeConfig),
             eos_token_ids=_eos_token_ids(files),
             allow_pickle=config.allow_pickle,
         )
@@ -107,11 +111,15 @@ class Engine:
         torch.set_num_threads(self.plan.num_threads)
 
     def warm_up(self) -> None:
-        """Runs a forward of each kind, and captures what the runner replays."""
+        """Runs a forward of each kind, and captures what the runner replays: no request waits for a compiler."""
         self._runner.capture()
         block_tokens = self.plan.layout.block_tokens
-        # the null block takes what warming up writes
-        self._run(build_batch([BatchEntry([0] * block_tokens, 0, [0])], block_tokens))
+        lengths = _CUDA_LENGTHS if self.plan.device == "cuda" else (block_tokens,)
+        for length in sorted({min(length, self.plan.max_context) for length in lengths}):
+            # the null block takes what warming up writes
+            table = [NULL_BLOCK] * -(-length // block_tokens)
+            logits = self._run(build_batch([BatchEntry([0] * length, 0, table)], block_tokens))
+            draw(logits, [How(1.0)], [0.5])
 
     def forward(self, entries: Sequence[BatchEntry]) -> Tensor:
         """Computes the entries' tokens; float32 logits [wanted, vocab], in the order of entries and their tokens.
