@@ -227,7 +227,10 @@ def linear(
 
 def cublas(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """The same of a plain weight, in an order that is cuBLAS's to choose."""
-    torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+    if out.dtype == x.dtype:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
     if bias is not None:
         out += bias
 

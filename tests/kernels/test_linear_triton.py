@@ -112,6 +112,18 @@ def test_ranges_side_by_side_and_in_turn_have_the_same_bits(
     assert torch.equal(linear(x, packed), side_by_side)
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_bits_that_may_depend_on_others_are_left_to_cublas(device: str, rows: int) -> None:
+    weight, bias = make(96, 64, torch.bfloat16, device)
+    packed = LinearWeight(weight, bias)
+    x = torch.randn(rows, 64).to(device, torch.bfloat16)
+    y = linear(x, packed, out=torch.full_like(x[:, :1].expand(-1, 96).contiguous(), torch.nan), own_bits=False)
+    exact = linear_reference(x.double(), weight.double(), bias.double())
+    assert (y - exact).abs().amax() < 0.02 * (1 + exact.abs().amax())
+    quantized = LinearWeight(weight, bias, Quantization(8))
+    assert torch.equal(linear(x, quantized, own_bits=False), linear(x, quantized))
+
+
 def test_integers_of_a_file_are_taken_as_they_are(device: str) -> None:
     values = torch.randint(-8, 8, (20, 64), dtype=torch.int8, device=device)
     scale = torch.rand(20, 2, device=device)
