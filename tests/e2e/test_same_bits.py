@@ -100,7 +100,8 @@ KINDS: dict[str, dict[str, object]] = {
 # these change the shapes of the arithmetic; the others are checked in bfloat16 alone
 SHAPES_CHANGE = ("among 32 neighbours, chunk 512", "chunk 16", "preempted by swap")
 CASES_BY_KIND = [
-    pytest.param(kind, case, id=f"{kind}-{case.name}")
+    # float32 and int8 take the ways of bfloat16 and int4
+    pytest.param(kind, case, id=f"{kind}-{case.name}", marks=[pytest.mark.slow] * (kind in ("float32", "int8")))
     for kind in KINDS
     for case in CASES
     if kind == "bfloat16" or case.name in SHAPES_CHANGE

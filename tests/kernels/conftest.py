@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 
 @pytest.fixture(
@@ -17,3 +20,14 @@ def on(request: pytest.FixtureRequest) -> str:
     if request.param == "triton, interpreted":
         request.getfixturevalue("interpreter")
     return "cuda" if request.param == "triton" else "cpu"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Interpreted, float32 is for `make test-slow`: there a kernel is the bfloat16 one without its roundings."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if Path(__file__).parent in item.path.parents and callspec is not None:
+            interpreted = any("interpreted" in str(part) for part in callspec.id.split("-"))
+            if interpreted and torch.float32 in callspec.params.values():
+                item.add_marker(pytest.mark.slow)

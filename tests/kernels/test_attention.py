@@ -218,9 +218,9 @@ def test_neighbours_and_padding_leave_the_bits_alone(
 @pytest.mark.parametrize(
     ("length", "dtype", "window"),
     [
-        (1040, torch.bfloat16, None),
-        (600, torch.bfloat16, 1),
-        (600, torch.bfloat16, 100),
+        pytest.param(1040, torch.bfloat16, None, marks=pytest.mark.slow),
+        pytest.param(600, torch.bfloat16, 1, marks=pytest.mark.slow),
+        (520, torch.bfloat16, 100),
         (520, torch.float32, 50),
         pytest.param(600, torch.float32, None, marks=pytest.mark.slow),
     ],
@@ -265,6 +265,7 @@ def test_chunks_and_decode_steps_of_long_prompts_on_cuda(
     assert torch.equal(case.step(*steps), whole[steps])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 100])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_decode_has_the_bits_of_prefill_with_the_tiles_of_every_gpu(
