@@ -89,13 +89,13 @@ async def test_a_pair_serves_and_ends_with_status_0_and_no_socket_left(tiny_mode
     assert os.listdir(tmp_path) == []
 
 
-async def admission(channel: grpc.aio.Channel) -> grpc.StatusCode | None:
+async def admission(channel: grpc.aio.Channel) -> grpc.aio.AioRpcError | None:
     """Why a request is refused, or None when it is not."""
     call = DecodeCall(channel, Request([7] * 20, sampling()))
     try:
         await call.admit()
     except grpc.aio.AioRpcError as error:
-        return error.code()
+        return error
     call.call.cancel()
     return None
 
@@ -108,9 +108,9 @@ async def test_sigterm_lets_what_runs_end(tiny_model: MakeModel) -> None:
         running.send_signal(signal.SIGTERM)
         refused = connect(ready["grpc"])
         async with asyncio.timeout(10):
-            while (code := await admission(refused)) is None:
+            while (refusal := await admission(refused)) is None:
                 pass
-        assert code == grpc.StatusCode.UNAVAILABLE
+        assert refusal.code() == grpc.StatusCode.UNAVAILABLE, refusal.debug_error_string()
         await call.begin(1, local_prefill=True)
         await receive(call, result)
         assert len(result.outputs[0].token_ids) == 200
