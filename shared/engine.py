@@ -95,12 +95,17 @@ class EnginePlan:
 class Engine:
     """A loaded model and its pool. One thread at a time; `forward` writes only to the blocks that its entries name."""
 
-    def __init__(self, plan: EnginePlan, buffer: memoryview | mmap | None = None) -> None:
-        """buffer: where the pool lies, `plan.pool_bytes` long; default: memory of its own. Raises CheckpointError."""
+    def __init__(
+        self, plan: EnginePlan, buffer: memoryview | mmap | None = None, *, weights: DecoderWeights | None = None
+    ) -> None:
+        """buffer: where the pool lies, `plan.pool_bytes` long; default: memory of its own.
+
+        weights: on the plan's device; default: those of the plan's files. Raises CheckpointError.
+        """
         self.plan = plan
         self.use_thread()
         self.kv = KvCache(plan.layout, plan.num_blocks, buffer=buffer, device=plan.device)
-        self._decoder = Decoder(plan.architecture, _load_weights(plan), deterministic=plan.deterministic)
+        self._decoder = Decoder(plan.architecture, weights or _load_weights(plan), deterministic=plan.deterministic)
         self._in_triton = in_triton("the engine", self.kv.pool)
         self._runner = self._make_runner()
         # begins a step before the one before has ended; None on a CPU, whose cores have the step to compute
