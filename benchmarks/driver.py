@@ -22,6 +22,7 @@ class Record:
     start_s: float = 0.0  # on the clock of time.perf_counter
     prompt_tokens: int = 0
     output_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)  # over gRPC
     ttft_s: float = 0.0
     gaps_s: list[float] = field(default_factory=list)  # between messages with new tokens
     latency_s: float = 0.0
@@ -96,9 +97,10 @@ class GrpcDriver:
         call = self._stub.Generate(message)
         try:
             async for chunk in call:
-                number = sum(len(output.token_ids) for output in chunk.outputs)
-                if number:
-                    clock.tokens(number)
+                token_ids = [token_id for output in chunk.outputs for token_id in output.token_ids]
+                if token_ids:
+                    clock.tokens(len(token_ids))
+                    clock.record.token_ids += token_ids
                 if chunk.HasField("usage"):
                     clock.record.prompt_tokens = chunk.usage.prompt_tokens
                 if cancel_after is not None and clock.record.output_tokens >= cancel_after:
