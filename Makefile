@@ -57,10 +57,8 @@ protos: setup-dev ## generate the Python stubs beside the .proto files
 kernel-report: setup-dev ## compile every CUDA kernel ahead of time: registers, spills, matrix instructions
 	@exec $(BIN)/python -m kernels.cuda.report --write benchmarks/results/kernels.md $(ARGS)
 
-gpu-check: setup-dev ## run what needs a CUDA device
-	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \
-		|| { echo "no CUDA device found: nothing was run" >&2; exit 1; }
-	@exec $(BIN)/python -m pytest -m gpu $(ARGS)
+gpu-check: ## run every test and measurement that needs a CUDA device, into benchmarks/results; installs nothing
+	@exec tools/gpu_check $(ARGS)
 
 clean: ## remove caches, builds and results
 	rm -rf build results .pytest_cache .ruff_cache .hypothesis
