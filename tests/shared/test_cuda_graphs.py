@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -113,6 +114,36 @@ def test_steps_draw_what_the_sampler_draws(make_engine: Callable[..., Engine], n
             if history is not None:
                 history.append(token)
             rows[row] = replace(rows[row], position=rows[row].position + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make_engine", ["cuda"], indirect=True)
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+def test_replays_have_the_bits_of_ops_launched_one_by_one(make_engine: Callable[..., Engine], family: str) -> None:
+    """Steps of sequences that come, sit out and grow, in any order and in buckets that they fill or do not."""
+    engines = [make_engine(family, enable_cuda_graph=replayed) for replayed in (True, False)]
+    for engine in engines:
+        engine.warm_up()
+        prefill(engine, PROMPTS)
+    rng = random.Random(0)
+    histories = [list(prompt) for prompt in PROMPTS]
+    while any(len(history) < 4 * BLOCK_TOKENS for history in histories):
+        alive = [row for row in range(4) if len(histories[row]) < 4 * BLOCK_TOKENS]
+        members = rng.sample(alive, rng.randint(1, len(alive)))
+        entries = [BatchEntry([histories[row][-1]], len(histories[row]) - 1, blocks_of(row)) for row in members]
+        drawn = []
+        for engine in engines:
+            asked = [
+                SampleRow.from_tokens(SAMPLINGS[row], histories[row], len(PROMPTS[row]), index=row) for row in members
+            ]
+            tokens, logits = engine.step(entries, asked)
+            drawn.append((tokens, logits.clone()))
+        (tokens, logits), (expected, expected_logits) = drawn
+        assert tokens == expected
+        assert torch.equal(logits, expected_logits)
+        for row, token in zip(members, tokens, strict=True):
+            assert token is not None
+            histories[row].append(token)
 
 
 @pytest.mark.slow
