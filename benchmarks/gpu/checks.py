@@ -20,7 +20,8 @@ from benchmarks.gpu.shapes import Sizes
 PART = "tests"
 ROOT = Path(__file__).resolve().parent.parent.parent
 _PROCESSES, _GIB_EACH = 10, 8
-_CHUNKS_EACH, _AGAIN = 4, 64  # one after another: no process is at work long after the others
+_CHUNKS_EACH = 4  # one after another: no process is at work long after the others
+_WHOLES, _AGAIN = 3, 64  # tests of whole engines in a chunk; tests that are run again at most
 _TEST_S = 150  # with what has to be compiled; a thread sees to it, since whoever waits for a device hears no signal
 _OUTCOME = re.compile(r"^(tests/\S+?\.py::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 _MESSAGE = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?\.py::.*?) - (.*)$", re.MULTILINE)
@@ -43,10 +44,12 @@ def run(results: Results, sizes: Sizes) -> None:
     processes = min(len(os.sched_getaffinity(0)), _PROCESSES)
     if on_device:
         processes = max(min(processes, torch.cuda.get_device_properties().total_memory // (_GIB_EACH << 30)), 1)
-    size = -(-len(tests) // (processes * _CHUNKS_EACH)) or 1
+    ops = [test for test in tests if test.startswith("tests/kernels")]
+    wholes = [test for test in tests if test not in set(ops)]  # engines and services, which take longest: they begin
     done = Chunk(tests)
-    _run_chunks(results, done, [tests[first : first + size] for first in range(0, len(tests), size)], processes)
-    _run_chunks(results, done, [[test] for test in done.again[:_AGAIN]], processes)
+    size = -(-len(ops) // (processes * _CHUNKS_EACH)) or 1
+    _run_chunks(results, done, [*_cut(wholes, _WHOLES), *_cut(ops, size)], processes)
+    _run_chunks(results, done, _cut(done.again[:_AGAIN], 1), processes)
 
 
 def _run_chunks(results: Results, done: Chunk, chunks: list[list[str]], processes: int) -> None:
@@ -63,11 +66,10 @@ def _run_chunks(results: Results, done: Chunk, chunks: list[list[str]], processe
 
 
 def collect(path: str, marker: str) -> list[str]:
-    """The ids of the tests, those of whole engines and services first: they take longest."""
+    """The ids of the tests, in their order."""
     done = _pytest("--collect-only", "-q", "-m", marker, path)
     print(done, flush=True)
-    ids = [line for line in done.splitlines() if line.startswith("tests/") and "::" in line]
-    return sorted(ids, key=lambda test: test.startswith("tests/kernels"))
+    return [line for line in done.splitlines() if line.startswith("tests/") and "::" in line]
 
 
 def run_chunk(tests: Sequence[str]) -> Chunk:
@@ -90,6 +92,10 @@ def read_chunk(tests: Sequence[str], output: str) -> Chunk:
     if "CUDA error" in output:
         chunk.again += bad[1:]
     return chunk
+
+
+def _cut(tests: list[str], size: int) -> list[list[str]]:
+    return [tests[first : first + size] for first in range(0, len(tests), size)]
 
 
 def _write(results: Results, done: Chunk) -> None:
