@@ -166,7 +166,7 @@ class TandemConfig(BaseSettings):
         default=None, description="name that clients use; default: the last part of `model`"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="where the engine runs; auto = cuda where there is a CUDA device"
+        default="auto", description="where the engine runs; auto = cpu: cuda has not run on a GPU yet"
     )
     deterministic: bool = Field(
         default=True,

@@ -29,7 +29,7 @@ _GREEDY = How(0.0)
 
 
 class CudaRunner:
-    """Captures each bucket's step once and replays it: forward, penalties and draw, and the copy of the drawn tokens.
+    """Captures each bucket's step once and replays it: forward, penalties and draw.
 
     What a graph reads and writes is the runner's own: a step's inputs reach the device in one copy, and only its tokens
     come back. Without `replays` every step is launched op by op, to the same bits: for a look at one op, and for
@@ -108,6 +108,7 @@ class CudaRunner:
     def run(self, entries: Sequence[BatchEntry]) -> Tensor:
         """float32 logits [len(entries), vocab], which the next run may overwrite. Draws nothing."""
         bucket = self._begin(entries, None, None)
+        self._wait(self._turn, 0)  # or the next but one would write over inputs that are still to be read
         return self._logits[bucket][: len(entries)]
 
     def step(self, entries: Sequence[BatchEntry], rows: Sequence[SampleRow]) -> tuple[list[int | None], Tensor]:
@@ -149,8 +150,8 @@ class CudaRunner:
             self._compute(bucket)
         if rows is not None:
             self._drawn[self._turn][:bucket].copy_(self._tokens[:bucket], non_blocking=True)
-            if self._done is not None:
-                self._done[self._turn].record()
+        if self._done is not None:
+            self._done[self._turn].record()
         self._launched()
         return bucket
 

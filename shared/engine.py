@@ -204,10 +204,9 @@ class Engine:
 
 
 def _device(wanted: str) -> str:
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
+    if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda, and there is no CUDA device; use cpu, or auto")
-    return "cuda" if available and wanted != "cpu" else "cpu"
+    return "cuda" if wanted == "cuda" else "cpu"
 
 
 def _load_weights(plan: EnginePlan) -> DecoderWeights:

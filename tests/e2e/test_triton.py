@@ -29,7 +29,7 @@ async def test_a_handoff_and_a_local_prefill_give_the_same(
             pytest.skip("kernels are compiled for the GPU of this machine")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     requests = [request(temperature=0), request(temperature=1.0, seed=7, n=2, repetition_penalty=1.2)]
-    settings = {"decode.max_running": 4, "prefill.max_running": 2}
+    settings = {"decode.max_running": 4, "prefill.max_running": 2, "device": "cuda" if on == "cuda" else "cpu"}
     answers = []
     for prefill in (1, 0):
         async with Cluster(model=str(tiny_model("llama")), prefill=prefill, settings=settings) as cluster:
