@@ -1,0 +1,87 @@
+"""What the bytes of a KV block mean to the ops that write, read and move it.
+
+A block is the planes of its layers, keys before values, heads in order. A plane is `block_tokens` rows of head_dim
+elements; in int8 and fp8, block_tokens float32 scales follow, one for each row:
+
+    block  = plane[layer 0, keys, head 0], plane[layer 0, keys, head 1], ..., plane[layer L - 1, values, head H - 1]
+    plane  = element[block_tokens, head_dim] (, scale[block_tokens])
+    x      = scale * element        scale = max|x| / G, element = round(x * (G / max|x|)), to nearest, ties to even
+
+G is 127 in int8 and 448 in fp8 (e4m3, arXiv:2209.05433). A row whose max|x| is below LEAST has scale 0 and elements 0.
+All of it in float32, each operation rounded once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# what a row's elements are kept as; those of int8 and fp8 are bytes
+ELEMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "fp8": torch.int8}
+GREATEST = {"int8": 127.0, "fp8": 448.0}
+SCALE_BYTES = 4
+LEAST = 2.0**-100  # far below it G / max|x| is no float32
+
+
+@dataclass(frozen=True)
+class KvFormat:
+    """dtype: a key of ELEMENTS. head_dim: a multiple of 8. Raises ValueError for a dtype that is none of them."""
+
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ELEMENTS:
+            raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(ELEMENTS)}")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether each row has a scale."""
+        return self.dtype in GREATEST
+
+    @property
+    def plane_bytes(self) -> int:
+        row_bytes = self.head_dim * ELEMENTS[self.dtype].itemsize + (SCALE_BYTES if self.quantized else 0)
+        return self.block_tokens * row_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        return self.num_layers * 2 * self.num_kv_heads * self.plane_bytes
+
+    def elements(self, pool: Tensor) -> Tensor:
+        """A view of a pool, uint8 [blocks, block_bytes]: [blocks, layers, 2, kv_heads, block_tokens, head_dim]."""
+        num_bytes = self.block_tokens * self.head_dim * ELEMENTS[self.dtype].itemsize
+        planes = pool.view(-1, self.num_layers, 2, self.num_kv_heads, self.plane_bytes)[..., :num_bytes]
+        return planes.view(ELEMENTS[self.dtype]).unflatten(-1, (self.block_tokens, self.head_dim))
+
+    def scales(self, pool: Tensor) -> Tensor | None:
+        """A view of a pool, uint8 [blocks, block_bytes]: float32 [blocks, layers, 2, kv_heads, block_tokens]."""
+        if not self.quantized:
+            return None
+        planes = pool.view(-1, self.num_layers, 2, self.num_kv_heads, self.plane_bytes)
+        return planes[..., self.block_tokens * self.head_dim :].view(torch.float32)
+
+
+def quantize_rows(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """Reference: float rows [..., head_dim] -> their elements, int8 [..., head_dim], and scales, float32 [...]."""
+    rows, greatest = rows.float(), GREATEST[dtype]
+    most = rows.abs().amax(-1)
+    most = torch.where(most < LEAST, 0.0, most)
+    scaled = rows * torch.where(most > 0, greatest / most, 0.0).unsqueeze(-1)
+    if dtype == "int8":
+        elements = scaled.round().clamp(-greatest, greatest).to(torch.int8)
+    else:
+        elements = scaled.clamp(-greatest, greatest).to(torch.float8_e4m3fn).view(torch.int8)
+    return elements, most / greatest
+
+
+def widen_rows(elements: Tensor, scales: Tensor, dtype: str) -> Tensor:
+    """Reference: what the rows of `quantize_rows` stand for, float32 [..., head_dim]."""
+    if dtype == "fp8":
+        elements = elements.view(torch.float8_e4m3fn)
+    return elements.float() * scales.unsqueeze(-1)
