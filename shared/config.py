@@ -121,11 +121,21 @@ class DecodeConfig(Section):
 
 
 class TransportConfig(Section):
-    require: Literal["shared_memory", "inline"] | None = Field(
+    require: Literal["cuda_ipc", "shared_memory", "inline"] | None = Field(
         default=None, description="refuse to start, and to import, on a transport below this one"
     )
-    disable: Annotated[tuple[Literal["shared_memory"], ...], NoDecode, BeforeValidator(_split)] = Field(
+    disable: Annotated[tuple[Literal["cuda_ipc", "shared_memory"], ...], NoDecode, BeforeValidator(_split)] = Field(
         default=(), description="transports not to use"
+    )
+    cuda_export: Literal["descriptor", "handle"] = Field(
+        default="descriptor",
+        description="how decode workers reach a pool on a GPU: by a file descriptor that crosses the socket, or by "
+        "cudaIpcMemHandle, which asks for shared PID and IPC namespaces",
+    )
+    convert_dtype: bool = Field(
+        default=False,
+        description="decode takes KV of another dtype and converts it; a stream that lost its worker may then go on "
+        "with other tokens than it would have had",
     )
     checksum: bool = Field(default=False, description="send and check a CRC-32 of every extent")
     socket_dir: Path | None = Field(

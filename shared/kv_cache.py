@@ -4,17 +4,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import prod
 from mmap import mmap
 
 import torch
 from torch import Tensor
 
+from kernels.kv_format import KvFormat
 from shared.models.architecture import Architecture
 from shared.transport.block_copy import runs
 
 # Raised whenever the bytes of a block come to mean something else.
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 ORDER = "block,layer,kv,head,token,dim"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -32,8 +32,13 @@ class KvLayout:
     num_kv_heads: int
     head_dim: int
     block_tokens: int
+    first_kv_head: int = 0
     order: str = ORDER
     contract_version: int = CONTRACT_VERSION
+
+    def __post_init__(self) -> None:
+        """ValueError for a dtype that no block has."""
+        _ = self.format
 
     @classmethod
     def of(cls, architecture: Architecture, model_digest: str, dtype: str, block_tokens: int) -> "KvLayout":
@@ -55,12 +60,17 @@ class KvLayout:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
+    def format(self) -> KvFormat:
+        """What lies where in a block."""
+        return KvFormat(self.dtype, self.num_layers, self.num_kv_heads, self.head_dim, self.block_tokens)
+
+    @property
     def block_shape(self) -> tuple[int, ...]:
         return (self.num_layers, 2, self.num_kv_heads, self.block_tokens, self.head_dim)
 
     @property
     def block_bytes(self) -> int:
-        return prod(self.block_shape) * DTYPES[self.dtype].itemsize
+        return self.format.block_bytes
 
     def difference(self, other: "KvLayout") -> list[str]:
         """The names of the fields in which two layouts differ."""

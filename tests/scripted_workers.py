@@ -329,7 +329,7 @@ class ScriptedDecode(ScriptedWorker, decode_pb2_grpc.DecodeServiceServicer):
         self.connects.append(request.kv_endpoint)
         refusals = []
         if self.transport != types_pb2.TRANSPORT_SHARED_MEMORY:
-            refusals = [kv_pb2.TransportRefusal(transport=types_pb2.TRANSPORT_SHARED_MEMORY, reason="another host")]
+            refusals = [types_pb2.TransportRefusal(transport=types_pb2.TRANSPORT_SHARED_MEMORY, reason="another host")]
         return decode_pb2.ConnectResponse(transport=self.transport, refusals=refusals)
 
     @handler

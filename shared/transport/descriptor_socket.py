@@ -1,7 +1,8 @@
 """Passes the descriptor of a pool's memory to other processes of the same user, over a unix socket.
 
-A client connects and gets one message: a header with the pool's epoch and size, and the descriptor. Then nothing more
-is said; the connection stays, so that each side learns from the kernel when the other one is gone.
+A client connects and gets one message: a header with the pool's epoch and size, and the descriptor, unless the memory
+is reached by other means. Then nothing more is said; the connection stays, so that each side learns from the kernel
+when the other one is gone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import socket
 import stat
 import struct
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 HEADER = struct.Struct("!8sQQ")  # magic, epoch, bytes of the pool
@@ -27,30 +29,35 @@ LONGEST_PATH = 107  # bytes of sockaddr_un.sun_path, less its terminating zero
 class DescriptorServer:
     """Listens in a folder until closed. Lives on the event loop that runs when it is made.
 
-    fd: what to pass, taken over and closed with the server. folder: None = one of this user's own below the temporary
-    folder. Raises OSError saying why no socket can be had.
+    fd: what to pass, if anything, taken over and closed with the server. folder: None = one of this user's own below
+    the temporary folder. suffix: tells apart the sockets of one pool. Raises OSError saying why no socket can be had.
     """
 
-    def __init__(self, fd: int, epoch: int, num_bytes: int, folder: Path | None = None) -> None:
-        self._fd = fd
+    def __init__(
+        self, fd: int | None, epoch: int, num_bytes: int, folder: Path | None = None, *, suffix: str = ""
+    ) -> None:
+        self._fds = [] if fd is None else [fd]
+        self._closed = False
         self._header = HEADER.pack(MAGIC, epoch, num_bytes)
         self._connections: set[socket.socket] = set()
+        self._idle: asyncio.Event | None = None
         self._loop = asyncio.get_running_loop()
         self._own_folder = folder is None
         self._pause: asyncio.TimerHandle | None = None
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            self.path = _bind(self._listener, folder, f"{epoch:016x}.sock")
+            self.path = _bind(self._listener, folder, f"{epoch:016x}{suffix}.sock")
         except BaseException:
             self._listener.close()
-            os.close(fd)
+            self._close_fds()
             raise
         self._listen()
 
     def close(self) -> None:
         """Stops listening, removes the socket and ends every connection."""
-        if self._fd < 0:
+        if self._closed:
             return
+        self._closed = True
         self._loop.remove_reader(self._listener)
         if self._pause:
             self._pause.cancel()
@@ -61,8 +68,24 @@ class DescriptorServer:
                 self.path.parent.rmdir()
         for connection in list(self._connections):
             self._end(connection)
-        os.close(self._fd)
-        self._fd = -1
+        self._close_fds()
+
+    async def release(self, timeout_s: float) -> bool:
+        """Tells every client that the pool is about to go, and waits until they have let go of it; False: not all."""
+        self._loop.remove_reader(self._listener)
+        for connection in self._connections:
+            connection.shutdown(socket.SHUT_WR)
+        self._idle = asyncio.Event()
+        if self._connections:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._idle.wait()
+        return not self._connections
+
+    def _close_fds(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
 
     def _listen(self) -> None:
         self._loop.add_reader(self._listener, self._accept)
@@ -83,7 +106,7 @@ class DescriptorServer:
                 return
             connection.setblocking(False)
             # far below the size of a new connection's send buffer, so it never blocks or splits
-            socket.send_fds(connection, [self._header], [self._fd])
+            socket.send_fds(connection, [self._header], self._fds)
         except OSError:
             connection.close()
             return
@@ -94,12 +117,40 @@ class DescriptorServer:
         self._loop.remove_reader(connection)
         self._connections.discard(connection)
         connection.close()
+        if self._idle is not None and not self._connections:
+            self._idle.set()
 
 
-def receive_descriptor(path: str, epoch: int, num_bytes: int) -> tuple[int, socket.socket]:
-    """Connects and takes the descriptor. Blocks for CONNECT_TIMEOUT_S at most.
+class Lifeline:
+    """A client's connection to a pool's socket, which turns readable when the owner of the pool is gone."""
 
-    Returns the descriptor and the connection, which turns readable when the owner of the pool is gone.
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def watch(self, on_death: Callable[[], None]) -> None:
+        """Calls back once, on the running event loop, when the owner of the pool is gone."""
+        self._loop = asyncio.get_running_loop()
+
+        def notice() -> None:
+            self._unwatch()
+            on_death()
+
+        self._loop.add_reader(self._connection, notice)
+
+    def close(self) -> None:
+        self._unwatch()
+        self._connection.close()
+
+    def _unwatch(self) -> None:
+        if self._loop is not None:
+            self._loop.remove_reader(self._connection)
+            self._loop = None
+
+
+def attach(path: str, epoch: int, num_bytes: int) -> tuple[int | None, Lifeline]:
+    """Connects and takes the descriptor, if one is passed. Blocks for CONNECT_TIMEOUT_S at most.
+
     Raises OSError saying what is in the way: no such socket, another user, another epoch or size.
     """
     if len(os.fsencode(path)) > LONGEST_PATH or "\0" in path:
@@ -112,12 +163,12 @@ def receive_descriptor(path: str, epoch: int, num_bytes: int) -> tuple[int, sock
         if (uid := peer_uid(connection)) != os.geteuid():
             raise OSError(f"{path} belongs to user {uid}, not to user {os.geteuid()}")
         header, fds, _, _ = socket.recv_fds(connection, HEADER.size, 1, socket.MSG_CMSG_CLOEXEC)
-        if len(header) != HEADER.size or len(fds) != 1:
+        if len(header) != HEADER.size:
             raise OSError(f"{path} passed no descriptor (another user's worker, or too many connections)")
         if header != HEADER.pack(MAGIC, epoch, num_bytes):
             raise OSError(f"{path} passed another pool than the one of epoch {epoch} with {num_bytes} bytes")
         connection.setblocking(False)
-        return fds.pop(), connection
+        return (fds.pop() if fds else None), Lifeline(connection)
     except BaseException as error:
         connection.close()
         for fd in fds:

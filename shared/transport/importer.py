@@ -1,8 +1,8 @@
-"""The decode side of the KV handoff: copies exported blocks into this worker's pool.
+"""The decode side of the KV handoff: moves exported tokens into this worker's pool.
 
-    importer = Importer(layout, memory.buffer, worker_id=..., config=config.transport)
+    importer = Importer(HostTarget(layout, memory.buffer), worker_id=..., config=config.transport)
     pair = await importer.connect("10.0.0.1:50061")  # ahead of traffic; `copy` connects by itself too
-    result = await importer.copy(extent, blocks)
+    result = await importer.copy(extent, block_table, held_tokens)
 
 All methods belong to one event loop; the bytes move on threads of the importer's own.
 """
@@ -14,24 +14,22 @@ import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event
-from typing import TYPE_CHECKING
 
 import grpc
-import numpy as np
+import torch
 from pydantic import SecretStr
 from tandem.v1 import kv_pb2, kv_pb2_grpc, types_pb2
+from torch import Tensor
 
 from shared.config import TransportConfig
 from shared.rpc import from_grpc, mismatch, stale, unavailable
-from shared.transport.block_copy import copy_blocks, runs
+from shared.transport.device_mapping import DeviceMapping
 from shared.transport.mapping import Mapping
 from shared.transport.pair import Pair, shake_hands
+from shared.transport.target import Move, Target
 from shared.transport.wire import CHUNK_BYTES, check_blocks, check_endpoint, check_extent
-
-if TYPE_CHECKING:
-    from shared.kv_cache import KvLayout
 
 COPY_THREADS = 2
 CONFIRM_TIMEOUT_S = 10.0
@@ -48,23 +46,13 @@ class CopyResult:
 
 
 class Importer:
-    """Copies blocks of other workers' pools into `buffer`, this worker's pool: writable, whole blocks of the layout."""
+    """Moves tokens out of other workers' pools into `target`, this worker's own."""
 
     def __init__(
-        self,
-        layout: KvLayout,
-        buffer: memoryview | bytearray,
-        *,
-        worker_id: str,
-        config: TransportConfig,
-        key: SecretStr | None = None,
+        self, target: Target, *, worker_id: str, config: TransportConfig, key: SecretStr | None = None
     ) -> None:
         """key: the cluster's, if prefill workers ask for one."""
-        self._layout = layout
-        self._bytes = np.frombuffer(buffer, dtype=np.uint8)  # keeps the buffer in place
-        self._view = memoryview(buffer).cast("B")
-        self._address = self._bytes.ctypes.data
-        self.num_blocks = self._bytes.size // layout.block_bytes
+        self._target = target
         self._worker_id = worker_id
         self._config = config
         self._key = key
@@ -95,32 +83,49 @@ class Importer:
         # shielded: others may wait for the same handshake, and a mapping half made must not be lost
         return await asyncio.shield(task)
 
-    async def copy(self, extent: kv_pb2.KvExtent, dst_blocks: Sequence[int]) -> CopyResult:
-        """Copies the extent's blocks, in order, into the blocks dst_blocks of this worker's pool.
+    async def copy(
+        self, extent: kv_pb2.KvExtent, block_table: Sequence[int], from_token: int = 0, *, mark: int = 0
+    ) -> CopyResult:
+        """Copies the extent's tokens to where they belong in a history whose blocks here are block_table.
 
+        from_token: those before it are there already, and stay as they are. mark: of this worker's own device, before
+        which its blocks may still be in use.
         When this returns or raises, cancellation included, no byte will be written any more: only then may the caller
-        free dst_blocks. Cancellation ends the copy within a piece (block_copy.py) or a chunk.
+        free the blocks. Cancellation ends the copy within a piece (block_copy.py), a chunk or a launch.
         Raises ABORTED if the pool's epoch or the export is over or the bytes fail their checksum (hand over again);
         UNAVAILABLE if the peer is gone; FAILED_PRECONDITION or INVALID_ARGUMENT for an extent that cannot be used;
-        ValueError for wrong dst_blocks. After any of these dst_blocks hold anything.
+        ValueError for a wrong block_table. After any of these the blocks hold anything.
         """
-        self._check_destination(extent, dst_blocks)
-        check_extent(extent, self._layout)
+        check_endpoint(extent.kv_endpoint)
         pair = self._pairs.get(extent.kv_endpoint)
         if pair is None or pair.epoch != extent.epoch:
             pair = await self.connect(extent.kv_endpoint)
         if pair.epoch != extent.epoch:
             raise stale(f"the extent is of epoch {extent.epoch} of {extent.kv_endpoint}, which is at {pair.epoch}")
+        check_extent(extent, pair.layout)
         check_blocks("extent.block_ids", extent.block_ids, pair.num_blocks)
+        target = self._check_destination(extent, block_table, from_token)
+        first = max(extent.first_token, from_token)
+        move = Move(
+            layout=pair.layout,
+            first_head=self._target.layout.first_kv_head - pair.layout.first_kv_head,
+            source=list(extent.block_ids),
+            source_slot=first - extent.first_token,
+            target=target,
+            target_slot=first % self._target.layout.block_tokens,
+            num_tokens=extent.first_token + extent.num_tokens - first,
+            source_mark=extent.mark,
+            target_mark=mark,
+        )
         begin = time.perf_counter()
         with pair.in_use():
             if pair.mapping is not None:
-                checksum = await self._copy_mapped(pair.mapping, extent, dst_blocks)
+                checksum = await self._copy_mapped(pair, pair.mapping, extent, move)
             else:
-                checksum = await self._fetch(pair, extent, dst_blocks)
+                checksum = await self._fetch(pair, extent, move)
         if extent.HasField("crc32") and checksum != extent.crc32:
             raise stale(f"checksum {checksum:08x} of the copied blocks is not the extent's {extent.crc32:08x}")
-        num_bytes = len(dst_blocks) * self._layout.block_bytes
+        num_bytes = len(move.source) * pair.layout.block_bytes
         return CopyResult(num_bytes, time.perf_counter() - begin, pair.transport)
 
     async def confirm(self, extent: kv_pb2.KvExtent) -> None:
@@ -134,13 +139,8 @@ class Importer:
             raise stale(f"epoch {extent.epoch} of the pool of {extent.kv_endpoint} is over")
         if pair.mapping is None:  # every chunk of Fetch was checked
             return
-        request = kv_pb2.FetchRequest(export_id=extent.export_id, epoch=extent.epoch)
         with pair.in_use():
-            try:
-                async for _ in kv_pb2_grpc.KvServiceStub(pair.channel).Fetch(request, timeout=CONFIRM_TIMEOUT_S):
-                    pass
-            except grpc.aio.AioRpcError as error:
-                raise from_grpc(error) from None
+            await self._ask(pair, kv_pb2.FetchRequest(export_id=extent.export_id, epoch=extent.epoch))
 
     async def close(self) -> None:
         """Ends every pair: unmaps pools and closes channels, once the copies that run are done.
@@ -153,12 +153,15 @@ class Importer:
             self._drop(pair)
         await asyncio.gather(*(pair.closed.wait() for pair in self._retired))
         self._threads.shutdown()
-        self._view.release()
-        self._bytes = np.empty(0, dtype=np.uint8)
 
     async def _connect(self, kv_endpoint: str) -> Pair:
         try:
-            pair = await shake_hands(kv_endpoint, self._layout, self._worker_id, self._config, self._key)
+            current = self._pairs.get(kv_endpoint)
+            pair = await shake_hands(
+                kv_endpoint, self._target, self._worker_id, self._config, self._key, current=current
+            )
+            if pair is current:
+                return pair
             current = self._pairs.get(kv_endpoint)
             if current is not None and (current.epoch, current.transport) == (pair.epoch, pair.transport):
                 self._retire(pair)
@@ -184,22 +187,50 @@ class Importer:
         self._retired = {p for p in self._retired if not p.closed.is_set()} | {pair}
         pair.retire()
 
-    def _check_destination(self, extent: kv_pb2.KvExtent, dst_blocks: Sequence[int]) -> None:
-        if len(dst_blocks) != len(extent.block_ids) or len(set(dst_blocks)) != len(dst_blocks):
-            raise ValueError(f"{len(extent.block_ids)} blocks cannot go to {list(dst_blocks)}")
-        if not all(0 < block < self.num_blocks for block in dst_blocks):
-            raise ValueError(f"{list(dst_blocks)} are not all in 1..{self.num_blocks - 1}")
+    def _check_destination(self, extent: kv_pb2.KvExtent, block_table: Sequence[int], from_token: int) -> list[int]:
+        """The blocks that are written to."""
+        block_tokens = self._target.layout.block_tokens
+        first, end = max(extent.first_token, from_token), extent.first_token + extent.num_tokens
+        blocks = list(block_table[first // block_tokens : -(-end // block_tokens)])
+        if first >= end or len(block_table) * block_tokens < end:
+            raise ValueError(f"tokens {first} to {end - 1} do not go to {len(block_table)} blocks of {block_tokens}")
+        if len(set(blocks)) != len(blocks) or not all(0 < block < self._target.num_blocks for block in blocks):
+            raise ValueError(f"{blocks} are not different blocks in 1..{self._target.num_blocks - 1}")
+        return blocks
 
-    async def _copy_mapped(self, mapping: Mapping, extent: kv_pb2.KvExtent, dst_blocks: Sequence[int]) -> int:
+    async def _copy_mapped(
+        self, pair: Pair, mapping: Mapping | DeviceMapping, extent: kv_pb2.KvExtent, move: Move
+    ) -> int:
+        source = mapping.tensor if isinstance(mapping, Mapping) else mapping
+        if isinstance(mapping, Mapping) and mapping.staged:
+            request = kv_pb2.FetchRequest(
+                export_id=extent.export_id, epoch=extent.epoch, block_ids=extent.block_ids, stage=True, mark=extent.mark
+            )
+            await self._ask(pair, request)
+        elif isinstance(mapping, DeviceMapping) and extent.mark and not mapping.waits:
+            request = kv_pb2.FetchRequest(export_id=extent.export_id, epoch=extent.epoch, mark=extent.mark)
+            await self._ask(pair, request)
+        if not extent.HasField("crc32"):
+            await self._pull(source, move)
+            return 0
+        # summed and moved from a copy that nobody else can change in between
+        pool = mapping.tensor.view(-1, pair.layout.block_bytes)
+        blocks = (await asyncio.to_thread(lambda: pool[torch.tensor(move.source)].cpu())).view(-1)
+        await self._pull(blocks, replace(move, source=range(len(move.source))))
+        return zlib.crc32(blocks.numpy())
+
+    async def _ask(self, pair: Pair, request: kv_pb2.FetchRequest) -> None:
+        """A Fetch that brings no bytes."""
+        try:
+            async for _ in kv_pb2_grpc.KvServiceStub(pair.channel).Fetch(request, timeout=CONFIRM_TIMEOUT_S):
+                pass
+        except grpc.aio.AioRpcError as error:
+            raise from_grpc(error) from None
+
+    async def _pull(self, source: Tensor | DeviceMapping, move: Move) -> None:
         stop = Event()
-        source, destination = list(extent.block_ids), list(dst_blocks)
-
-        def work() -> int:
-            copied = copy_blocks(mapping.address, self._address, self._layout.block_bytes, source, destination, stop)
-            return self._checksum(destination) if copied and extent.HasField("crc32") else 0
-
         # Not awaited directly: cancelling such a future marks it done while its thread still writes.
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, self._target.pull, source, move, stop)
         cancelled: asyncio.CancelledError | None = None
         while not future.done():
             try:
@@ -209,42 +240,32 @@ class Importer:
                 stop.set()
         if cancelled is not None:
             raise cancelled
-        return future.result()
+        future.result()
 
-    def _checksum(self, blocks: Sequence[int]) -> int:
-        size = self._layout.block_bytes
+    async def _fetch(self, pair: Pair, extent: kv_pb2.KvExtent, move: Move) -> int:
+        block_bytes, block_tokens = pair.layout.block_bytes, pair.layout.block_tokens
+        missing = len(move.source) * block_bytes
         checksum = 0
-        for first, _, count in runs(blocks, range(len(blocks))):
-            checksum = zlib.crc32(self._view[first * size : (first + count) * size], checksum)
-        return checksum
-
-    async def _fetch(self, pair: Pair, extent: kv_pb2.KvExtent, dst_blocks: Sequence[int]) -> int:
-        size = self._layout.block_bytes
-        # the places that the stream fills, in order
-        places = [
-            self._view[first * size : (first + count) * size]
-            for _, first, count in runs(range(len(dst_blocks)), dst_blocks)
-        ]
-        places.reverse()
-        missing = len(dst_blocks) * size
-        checksum = 0
-        request = kv_pb2.FetchRequest(export_id=extent.export_id, epoch=extent.epoch, block_ids=extent.block_ids)
+        arrived = bytearray()  # blocks that are not moved yet, the last one perhaps in part
+        moved = 0  # blocks
+        request = kv_pb2.FetchRequest(
+            export_id=extent.export_id, epoch=extent.epoch, block_ids=extent.block_ids, mark=extent.mark
+        )
         call = kv_pb2_grpc.KvServiceStub(pair.channel).Fetch(request)
         try:
             async for response in call:
-                data = memoryview(response.data)
-                missing -= len(data)
-                if missing < 0 or len(data) > CHUNK_BYTES:
+                missing -= len(response.data)
+                if missing < 0 or len(response.data) > CHUNK_BYTES:
                     raise mismatch("fetch", f"{pair.kv_endpoint} sends more bytes than were asked for")
                 if extent.HasField("crc32"):
-                    checksum = zlib.crc32(data, checksum)
-                while data:
-                    # written here on the event loop: once this coroutine has ended nothing can write any more
-                    count = min(len(data), len(places[-1]))
-                    places[-1][:count] = data[:count]
-                    data, places[-1] = data[count:], places[-1][count:]
-                    if not places[-1]:
-                        places.pop()
+                    checksum = zlib.crc32(response.data, checksum)
+                arrived += response.data
+                count = len(arrived) // block_bytes
+                if not count:
+                    continue
+                await self._pull_part(arrived[: count * block_bytes], move, moved * block_tokens, count * block_tokens)
+                del arrived[: count * block_bytes]
+                moved += count
         except grpc.aio.AioRpcError as error:
             if error.code() == grpc.StatusCode.UNAVAILABLE:
                 self._drop(pair)  # the next attempt gets a channel that waits for no backoff
@@ -254,3 +275,18 @@ class Importer:
         if missing:
             raise mismatch("fetch", f"{pair.kv_endpoint} sent {missing} bytes less than were asked for")
         return checksum
+
+    async def _pull_part(self, data: bytearray, move: Move, first_slot: int, num_slots: int) -> None:
+        """Moves what a run of the source's blocks holds of a move: slots first_slot and so on of its first block."""
+        begin = max(first_slot, move.source_slot)
+        end = min(first_slot + num_slots, move.source_slot + move.num_tokens)
+        if begin >= end:
+            return
+        part = replace(
+            move,
+            source=range(num_slots // move.layout.block_tokens),
+            source_slot=begin - first_slot,
+            target_slot=move.target_slot + begin - move.source_slot,
+            num_tokens=end - begin,
+        )
+        await self._pull(torch.frombuffer(data, dtype=torch.uint8), part)

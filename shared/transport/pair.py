@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import grpc
 from pydantic import SecretStr
@@ -15,22 +13,25 @@ from tandem.v1 import kv_pb2, kv_pb2_grpc, types_pb2
 
 from shared.auth import send_key
 from shared.config import TransportConfig
+from shared.kv_cache import KvLayout
 from shared.rpc import connect, from_grpc, mismatch, stale
+from shared.transport.device_mapping import DeviceMapping
 from shared.transport.mapping import Mapping
+from shared.transport.target import DeviceTarget, Target
 from shared.transport.wire import (
+    CUDA_IPC,
     INLINE,
     SHARED_MEMORY,
+    TRANSPORT_NAMES,
     TRANSPORTS,
-    check_layout,
+    check_layouts,
     describe,
     host_id,
+    layout_from_proto,
     layout_to_proto,
     refusal,
     requirement,
 )
-
-if TYPE_CHECKING:
-    from shared.kv_cache import KvLayout
 
 HANDSHAKE_TIMEOUT_S = 5.0
 
@@ -43,10 +44,11 @@ class Pair:
     worker_id: str  # of the prefill worker
     epoch: int
     num_blocks: int
+    layout: KvLayout  # of the prefill worker's pool
     transport: types_pb2.Transport.ValueType
-    refusals: tuple[kv_pb2.TransportRefusal, ...]  # better transports, and why they are not used
+    refusals: tuple[types_pb2.TransportRefusal, ...]  # better transports, and why they are not used
     channel: grpc.aio.Channel
-    mapping: Mapping | None  # of the pool, if the transport is shared memory
+    mapping: Mapping | DeviceMapping | None  # of the pool; None: its bytes come inline
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     _users: int = 0
     _retired: bool = False
@@ -84,39 +86,60 @@ class Pair:
 
 
 async def shake_hands(
-    kv_endpoint: str, layout: KvLayout, worker_id: str, config: TransportConfig, key: SecretStr | None = None
+    kv_endpoint: str,
+    target: Target,
+    worker_id: str,
+    config: TransportConfig,
+    key: SecretStr | None = None,
+    *,
+    current: Pair | None = None,
 ) -> Pair:
     """Agrees with the prefill worker at host:port on the best transport that both can use, having tried it.
 
+    current: the pair there is, which is given back if no better one can be: a pool is mapped once.
     Raises FAILED_PRECONDITION naming the layout field that differs, or `transport.require` and why it cannot be met;
     UNAVAILABLE if nobody answers.
     """
-    refusals: list[kv_pb2.TransportRefusal] = []
+    refusals: list[types_pb2.TransportRefusal] = []
     request = kv_pb2.HandshakeRequest(
-        layout=layout_to_proto(layout), worker_id=worker_id, host_id=host_id(), transports=[INLINE]
+        layout=layout_to_proto(target.layout),
+        worker_id=worker_id,
+        host_id=host_id(),
+        converts_dtype=config.convert_dtype,
     )
-    if "shared_memory" in config.disable:
-        refusals.append(refusal(SHARED_MEMORY, "the decode worker's transport.disable names it"))
-    else:
-        request.transports.insert(0, SHARED_MEMORY)
+    for transport, name in sorted(TRANSPORT_NAMES.items(), reverse=True):
+        if name in config.disable:
+            refusals.append(refusal(transport, "the decode worker's transport.disable names it"))
+        elif transport == CUDA_IPC and not isinstance(target, DeviceTarget):
+            if config.require == name:  # else nobody expects it
+                refusals.append(refusal(transport, "the decode worker's pool is not on a CUDA device"))
+        else:
+            request.transports.append(transport)
     channel = connect(kv_endpoint, interceptors=send_key(key))
     try:
         try:
             response = await kv_pb2_grpc.KvServiceStub(channel).Handshake(request, timeout=HANDSHAKE_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise from_grpc(error) from None
-        check_layout(request.layout, response.layout)
+        check_layouts(response.layout, request.layout, converts_dtype=config.convert_dtype)
+        layout = layout_from_proto(response.layout)
         if response.num_blocks < 2 or not response.epoch:
             raise mismatch("handshake", f"a pool of {response.num_blocks} blocks and epoch {response.epoch} cannot be")
         refusals.extend(response.refusals)
-        transport, mapping = await _first_usable(request, response, layout.block_bytes, refusals)
+        if current is not None and current.epoch == response.epoch and current.transport >= _best(response):
+            await channel.close()
+            return current
+        transport, mapping = await _first_usable(request, response, layout, target, refusals)
         if transport < TRANSPORTS.get(config.require or "", 0):
+            if mapping is not None:
+                mapping.close()
             raise requirement(str(config.require), refusals)
         return Pair(
             kv_endpoint=kv_endpoint,
             worker_id=response.worker_id,
             epoch=response.epoch,
             num_blocks=response.num_blocks,
+            layout=layout,
             transport=transport,
             refusals=tuple(r for r in refusals if r.transport > transport),
             channel=channel,
@@ -127,30 +150,54 @@ async def shake_hands(
         raise
 
 
+def _best(response: kv_pb2.HandshakeResponse) -> types_pb2.Transport.ValueType:
+    return max((_transport_of(handle) for handle in response.handles), default=types_pb2.TRANSPORT_UNSPECIFIED)
+
+
+def _transport_of(handle: kv_pb2.KvHandle) -> types_pb2.Transport.ValueType:
+    kind = handle.WhichOneof("kind")
+    return TRANSPORTS.get(kind or "", types_pb2.TRANSPORT_UNSPECIFIED)
+
+
 async def _first_usable(
     request: kv_pb2.HandshakeRequest,
     response: kv_pb2.HandshakeResponse,
-    block_bytes: int,
-    refusals: list[kv_pb2.TransportRefusal],
-) -> tuple[types_pb2.Transport.ValueType, Mapping | None]:
+    layout: KvLayout,
+    target: Target,
+    refusals: list[types_pb2.TransportRefusal],
+) -> tuple[types_pb2.Transport.ValueType, Mapping | DeviceMapping | None]:
     """The best offer that works; what is in the way of better ones is added to `refusals`."""
-    num_bytes = response.num_blocks * block_bytes
-    for handle in response.handles:
-        if handle.HasField("shared_memory") and SHARED_MEMORY in request.transports:
-            if handle.shared_memory.num_bytes != num_bytes:
-                raise mismatch("shared_memory.num_bytes", f"{response.num_blocks} blocks are {num_bytes} bytes")
-            path = handle.shared_memory.socket_path
-            try:
-                return SHARED_MEMORY, await asyncio.to_thread(_map, path, response.epoch, num_bytes, block_bytes)
-            except OSError as error:
-                refusals.append(refusal(SHARED_MEMORY, str(error)))
-        elif handle.HasField("inline"):
+    num_bytes = response.num_blocks * layout.block_bytes
+    offers = {_transport_of(handle): handle for handle in response.handles}
+    for transport in sorted(offers, reverse=True):
+        if transport == INLINE:
             return INLINE, None
+        if transport not in request.transports:
+            continue
+        handle = offers[transport]
+        if transport == SHARED_MEMORY and handle.shared_memory.num_bytes != num_bytes:
+            raise mismatch("shared_memory.num_bytes", f"{response.num_blocks} blocks are {num_bytes} bytes")
+        try:
+            return transport, await asyncio.to_thread(_map, handle, response.epoch, layout, num_bytes, target)
+        except OSError as error:
+            refusals.append(refusal(transport, str(error)))
     raise mismatch("transports", f"no transport is left: {describe(refusals)}")
 
 
-def _map(path: str, epoch: int, num_bytes: int, block_bytes: int) -> Mapping:
-    """Maps a pool and moves its first block, the null block, out of it: what fails is to fail before a request."""
-    mapping = Mapping(path, epoch, num_bytes)
-    ctypes.memmove(ctypes.create_string_buffer(block_bytes), mapping.address, block_bytes)
+def _map(
+    handle: kv_pb2.KvHandle, epoch: int, layout: KvLayout, num_bytes: int, target: Target
+) -> Mapping | DeviceMapping:
+    """Maps a pool, and moves a block out of it. Blocks; raises OSError."""
+    if handle.HasField("cuda_ipc"):
+        assert isinstance(target, DeviceTarget)
+        mapping = DeviceMapping(target.driver, handle.cuda_ipc, epoch, num_bytes)
+    else:
+        path, staged = handle.shared_memory.socket_path, handle.shared_memory.staged
+        mapping = Mapping(path, epoch, num_bytes, staged=staged)
+    try:
+        source = mapping.tensor if isinstance(mapping, Mapping) else mapping
+        target.probe(source, layout, target.layout.first_kv_head - layout.first_kv_head)
+    except BaseException:
+        mapping.close()
+        raise
     return mapping

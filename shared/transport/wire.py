@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 20  # of KvService.Fetch: the fastest size, and far below the bound on messages
 LAYOUT_FIELDS = tuple(field.name for field in kv_pb2.KvLayout.DESCRIPTOR.fields)
+# in these two workers agree; the others are converted
+FIXED_FIELDS = ("contract_version", "model_digest", "order", "num_layers", "head_dim")
 INLINE = types_pb2.TRANSPORT_INLINE
 SHARED_MEMORY = types_pb2.TRANSPORT_SHARED_MEMORY
+CUDA_IPC = types_pb2.TRANSPORT_CUDA_IPC
 # as the configuration says them; of two transports the better has the higher number
-TRANSPORT_NAMES = {INLINE: "inline", SHARED_MEMORY: "shared_memory"}
+TRANSPORT_NAMES = {INLINE: "inline", SHARED_MEMORY: "shared_memory", CUDA_IPC: "cuda_ipc"}
 TRANSPORTS: dict[str, types_pb2.Transport.ValueType] = {name: transport for transport, name in TRANSPORT_NAMES.items()}
 _ENDPOINT = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.%]{2,64}\]):([0-9]{1,5})")
 
@@ -29,14 +32,48 @@ def layout_to_proto(layout: KvLayout) -> kv_pb2.KvLayout:
     return kv_pb2.KvLayout(**{name: getattr(layout, name) for name in LAYOUT_FIELDS})
 
 
-def check_layout(ours: kv_pb2.KvLayout, theirs: kv_pb2.KvLayout) -> None:
-    """Raises FAILED_PRECONDITION naming every field in which two workers' layouts differ."""
-    differing = [name for name in LAYOUT_FIELDS if getattr(ours, name) != getattr(theirs, name)]
-    if len(differing) > 1 and "digest" in differing:
-        differing.remove("digest")  # it only follows from the others
+def layout_from_proto(layout: kv_pb2.KvLayout) -> KvLayout:
+    """A peer's record. Raises FAILED_PRECONDITION for one that cannot be, or whose digest is not its own."""
+    from shared.kv_cache import KvLayout  # it loads torch, which the gateway does not
+
+    values = {name: getattr(layout, name) for name in LAYOUT_FIELDS if name != "digest"}
+    try:
+        record = KvLayout(**values)
+    except ValueError as error:
+        raise mismatch("layout", str(error)) from None
+    if not record.block_tokens:
+        raise mismatch("layout.block_tokens", "is 0")
+    if record.digest != layout.digest:
+        raise mismatch(
+            "layout.digest", f"{layout.digest[:64]!r} is not the digest of the other fields, {record.digest}"
+        )
+    return record
+
+
+def check_layouts(source: kv_pb2.KvLayout, target: kv_pb2.KvLayout, *, converts_dtype: bool) -> None:
+    """Raises FAILED_PRECONDITION naming every field that keeps blocks of `source` from going to `target`.
+
+    Tokens may come in blocks of another size, and a target may hold a slice of the source's heads. converts_dtype: the
+    decode worker takes another dtype too.
+    """
+    fields = FIXED_FIELDS if converts_dtype else (*FIXED_FIELDS, "dtype")
+    differing = [name for name in fields if getattr(source, name) != getattr(target, name)]
+    pairs = [
+        f"{name} is {getattr(source, name)!r} on prefill and {getattr(target, name)!r} on decode" for name in differing
+    ]
+    if "dtype" in differing:
+        pairs[differing.index("dtype")] += "; make them alike, or set transport.convert_dtype on decode"
+    heads = range(source.first_kv_head, source.first_kv_head + source.num_kv_heads)
+    for name, head in (
+        ("first_kv_head", target.first_kv_head),
+        ("num_kv_heads", target.first_kv_head + target.num_kv_heads - 1),
+    ):
+        if head not in heads:
+            differing.append(name)
+            pairs.append(f"head {head} is wanted on decode, prefill holds {len(heads)} from {heads.start} on")
+            break
     if differing:
-        pairs = [f"{name} is {getattr(ours, name)!r} here and {getattr(theirs, name)!r} there" for name in differing]
-        raise mismatch(f"layout.{differing[0]}", "the workers' KV layouts differ: " + "; ".join(pairs))
+        raise mismatch(f"layout.{differing[0]}", "the workers' KV layouts do not fit: " + "; ".join(pairs))
 
 
 def check_endpoint(kv_endpoint: str) -> None:
@@ -49,12 +86,11 @@ def check_endpoint(kv_endpoint: str) -> None:
 def check_extent(extent: kv_pb2.KvExtent, layout: KvLayout) -> None:
     """Raises INVALID_ARGUMENT unless the extent's numbers agree with each other, FAILED_PRECONDITION on another layout.
 
-    Whether the blocks exist depends on the peer's pool: `check_blocks`.
+    layout: of the peer's pool. Whether the blocks exist depends on that pool: `check_blocks`.
     """
-    check_endpoint(extent.kv_endpoint)
     if extent.layout_digest != layout.digest:
         raise mismatch(
-            "extent.layout_digest", f"{extent.layout_digest[:64]!r} is not this worker's layout, {layout.digest}"
+            "extent.layout_digest", f"{extent.layout_digest[:64]!r} is not the pool's layout, {layout.digest}"
         )
     if extent.first_token % layout.block_tokens:
         raise invalid("extent.first_token", f"{extent.first_token} is no multiple of {layout.block_tokens}")
@@ -80,18 +116,18 @@ def host_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def refusal(transport: types_pb2.Transport.ValueType, reason: str) -> kv_pb2.TransportRefusal:
+def refusal(transport: types_pb2.Transport.ValueType, reason: str) -> types_pb2.TransportRefusal:
     """Why a transport is not used."""
-    return kv_pb2.TransportRefusal(transport=transport, reason=reason)
+    return types_pb2.TransportRefusal(transport=transport, reason=reason)
 
 
-def describe(refusals: Sequence[kv_pb2.TransportRefusal]) -> str:
+def describe(refusals: Sequence[types_pb2.TransportRefusal]) -> str:
     """Refusals as one sentence."""
     return (
         "; ".join(f"{TRANSPORT_NAMES.get(r.transport, r.transport)}: {r.reason}" for r in refusals) or "no reason given"
     )
 
 
-def requirement(required: str, refusals: Sequence[kv_pb2.TransportRefusal]) -> RpcError:
+def requirement(required: str, refusals: Sequence[types_pb2.TransportRefusal]) -> RpcError:
     """FAILED_PRECONDITION: `transport.require` cannot be met, and why."""
     return mismatch("transport.require", f"{required} is required and cannot be used: {describe(refusals)}")

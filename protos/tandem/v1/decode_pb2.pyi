@@ -430,14 +430,14 @@ class ConnectResponse(_message.Message):
     prefill_worker_id: _builtins.str
     """of the prefill worker"""
     @_builtins.property
-    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[_kv_pb2.TransportRefusal]:
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TransportRefusal]:
         """better transports, and why they are not used"""
 
     def __init__(
         self,
         *,
         transport: _types_pb2.Transport.ValueType = ...,
-        refusals: _abc.Iterable[_kv_pb2.TransportRefusal] | None = ...,
+        refusals: _abc.Iterable[_types_pb2.TransportRefusal] | None = ...,
         epoch: _builtins.int = ...,
         prefill_worker_id: _builtins.str = ...,
     ) -> None: ...

@@ -21,7 +21,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class KvLayout(_message.Message):
-    """The shape of a KV block. Two workers exchange blocks only if every field agrees."""
+    """The shape of a KV block. Blocks of another size, another slice of the heads or, where the decode worker asks for it,
+    another dtype are converted on their way; in every other field two workers agree, or exchange nothing.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -34,12 +36,13 @@ class KvLayout(_message.Message):
     BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
     ORDER_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    FIRST_KV_HEAD_FIELD_NUMBER: _builtins.int
     contract_version: _builtins.int
     """version of this contract"""
     model_digest: _builtins.str
     """sha256 over configuration and weights, in hexadecimal"""
     dtype: _builtins.str
-    """element type, such as "bfloat16" """
+    """of the elements: "float32", "bfloat16", or with a scale for each row "int8", "fp8" """
     num_layers: _builtins.int
     """layers of the model"""
     num_kv_heads: _builtins.int
@@ -51,7 +54,9 @@ class KvLayout(_message.Message):
     order: _builtins.str
     """order of the pool's dimensions, outermost first"""
     digest: _builtins.str
-    """sha256 over the fields above, in hexadecimal"""
+    """sha256 over the other fields, in hexadecimal"""
+    first_kv_head: _builtins.int
+    """the first of the model's key/value heads that the pool holds"""
     def __init__(
         self,
         *,
@@ -64,10 +69,11 @@ class KvLayout(_message.Message):
         block_tokens: _builtins.int = ...,
         order: _builtins.str = ...,
         digest: _builtins.str = ...,
+        first_kv_head: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "contract_version", b"contract_version", "digest", b"digest", "dtype", b"dtype", "head_dim", b"head_dim", "model_digest", b"model_digest", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "order", b"order"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "contract_version", b"contract_version", "digest", b"digest", "dtype", b"dtype", "first_kv_head", b"first_kv_head", "head_dim", b"head_dim", "model_digest", b"model_digest", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "order", b"order"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -83,10 +89,13 @@ class HandshakeRequest(_message.Message):
     WORKER_ID_FIELD_NUMBER: _builtins.int
     HOST_ID_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    CONVERTS_DTYPE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """id of the decode worker"""
     host_id: _builtins.str
     """equal on processes that can share memory"""
+    converts_dtype: _builtins.bool
+    """blocks of another dtype are welcome"""
     @_builtins.property
     def layout(self) -> Global___KvLayout:
         """layout of the decode worker's pool"""
@@ -102,10 +111,11 @@ class HandshakeRequest(_message.Message):
         worker_id: _builtins.str = ...,
         host_id: _builtins.str = ...,
         transports: _abc.Iterable[_types_pb2.Transport.ValueType] | None = ...,
+        converts_dtype: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_id", b"host_id", "layout", b"layout", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["converts_dtype", b"converts_dtype", "host_id", b"host_id", "layout", b"layout", "transports", b"transports", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -138,7 +148,7 @@ class HandshakeResponse(_message.Message):
         """how to reach the pool, best transport first"""
 
     @_builtins.property
-    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportRefusal]:
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TransportRefusal]:
         """transports that were asked for and cannot be offered"""
 
     def __init__(
@@ -149,7 +159,7 @@ class HandshakeResponse(_message.Message):
         epoch: _builtins.int = ...,
         num_blocks: _builtins.int = ...,
         handles: _abc.Iterable[Global___KvHandle] | None = ...,
-        refusals: _abc.Iterable[Global___TransportRefusal] | None = ...,
+        refusals: _abc.Iterable[_types_pb2.TransportRefusal] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -158,32 +168,6 @@ class HandshakeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HandshakeResponse: _TypeAlias = HandshakeResponse  # noqa: Y015
-
-@_typing.final
-class TransportRefusal(_message.Message):
-    """Why a transport cannot be used."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TRANSPORT_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
-    transport: _types_pb2.Transport.ValueType
-    """the transport"""
-    reason: _builtins.str
-    """what is in the way"""
-    def __init__(
-        self,
-        *,
-        transport: _types_pb2.Transport.ValueType = ...,
-        reason: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "transport", b"transport"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___TransportRefusal: _TypeAlias = TransportRefusal  # noqa: Y015
 
 @_typing.final
 class KvHandle(_message.Message):
@@ -239,6 +223,7 @@ class CudaIpcHandle(_message.Message):
     DEVICE_UUID_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     SOCKET_PATH_FIELD_NUMBER: _builtins.int
+    EVENT_HANDLES_FIELD_NUMBER: _builtins.int
     handle: _builtins.bytes
     """cudaIpcMemHandle_t, 64 bytes; empty when a file descriptor is passed over the socket"""
     device_uuid: _builtins.str
@@ -246,7 +231,11 @@ class CudaIpcHandle(_message.Message):
     num_bytes: _builtins.int
     """size of the allocation in bytes"""
     socket_path: _builtins.str
-    """unix socket that passes the descriptor of a VMM allocation"""
+    """unix socket that passes the descriptor, if there is one, and whose end is the pool's"""
+    @_builtins.property
+    def event_handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """cudaIpcEventHandle_t, 64 bytes each: mark m has passed once event m % n is done"""
+
     def __init__(
         self,
         *,
@@ -254,10 +243,11 @@ class CudaIpcHandle(_message.Message):
         device_uuid: _builtins.str = ...,
         num_bytes: _builtins.int = ...,
         socket_path: _builtins.str = ...,
+        event_handles: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_uuid", b"device_uuid", "handle", b"handle", "num_bytes", b"num_bytes", "socket_path", b"socket_path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_uuid", b"device_uuid", "event_handles", b"event_handles", "handle", b"handle", "num_bytes", b"num_bytes", "socket_path", b"socket_path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -271,19 +261,23 @@ class SharedMemoryHandle(_message.Message):
 
     SOCKET_PATH_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
     socket_path: _builtins.str
     """unix socket that passes a read-only descriptor"""
     num_bytes: _builtins.int
     """size of the pool in bytes"""
+    staged: _builtins.bool
+    """the pool is on a device: a block is here once a Fetch with `stage` has ended"""
     def __init__(
         self,
         *,
         socket_path: _builtins.str = ...,
         num_bytes: _builtins.int = ...,
+        staged: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "socket_path", b"socket_path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "socket_path", b"socket_path", "staged", b"staged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -347,6 +341,7 @@ class KvExtent(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     CRC32_FIELD_NUMBER: _builtins.int
     EXPORT_ID_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     kv_endpoint: _builtins.str
     """host:port of the KvService that owns the pool"""
     epoch: _builtins.int
@@ -361,6 +356,8 @@ class KvExtent(_message.Message):
     """checksum over the blocks' bytes in order; unset = not checked"""
     export_id: _builtins.str
     """names the export in Fetch"""
+    mark: _builtins.int
+    """the content is there once the prefill worker's device has passed this mark; 0 = it is there"""
     @_builtins.property
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """the ragged block table: pool blocks in order of tokens"""
@@ -376,10 +373,11 @@ class KvExtent(_message.Message):
         num_tokens: _builtins.int = ...,
         crc32: _builtins.int | None = ...,
         export_id: _builtins.str = ...,
+        mark: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "crc32", b"crc32"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "block_ids", b"block_ids", "crc32", b"crc32", "epoch", b"epoch", "export_id", b"export_id", "first_token", b"first_token", "kv_endpoint", b"kv_endpoint", "layout_digest", b"layout_digest", "num_tokens", b"num_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "block_ids", b"block_ids", "crc32", b"crc32", "epoch", b"epoch", "export_id", b"export_id", "first_token", b"first_token", "kv_endpoint", b"kv_endpoint", "layout_digest", b"layout_digest", "mark", b"mark", "num_tokens", b"num_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__crc32: _TypeAlias = _typing.Literal["crc32"]  # noqa: Y015
     _WhichOneofArgType__crc32: _TypeAlias = _typing.Literal["_crc32", b"_crc32"]  # noqa: Y015
@@ -396,10 +394,16 @@ class FetchRequest(_message.Message):
     EXPORT_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
     export_id: _builtins.str
     """a live export"""
     epoch: _builtins.int
     """of the pool; a stale one is ABORTED"""
+    mark: _builtins.int
+    """of the extent: the answer comes after it has passed"""
+    stage: _builtins.bool
+    """puts the blocks into the shared memory of a pool on a device, and sends no bytes"""
     @_builtins.property
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """blocks of that export; none = only says, by its status, whether the export is live"""
@@ -410,10 +414,12 @@ class FetchRequest(_message.Message):
         export_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        mark: _builtins.int = ...,
+        stage: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "epoch", b"epoch", "export_id", b"export_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "epoch", b"epoch", "export_id", b"export_id", "mark", b"mark", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -445,6 +445,32 @@ class Timings(_message.Message):
 Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
+class TransportRefusal(_message.Message):
+    """Why a transport cannot be used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    transport: Global___Transport.ValueType
+    """the transport"""
+    reason: _builtins.str
+    """what is in the way"""
+    def __init__(
+        self,
+        *,
+        transport: Global___Transport.ValueType = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransportRefusal: _TypeAlias = TransportRefusal  # noqa: Y015
+
+@_typing.final
 class Receipt(_message.Message):
     """Who served a request, and how."""
 
@@ -458,6 +484,7 @@ class Receipt(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
     gateway: _builtins.str
     """worker id of the gateway"""
     transport: Global___Transport.ValueType
@@ -478,6 +505,10 @@ class Receipt(_message.Message):
     def decode_workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """worker ids, one for each decode that gave tokens"""
 
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportRefusal]:
+        """transports better than that, and why they were not used"""
+
     def __init__(
         self,
         *,
@@ -489,10 +520,11 @@ class Receipt(_message.Message):
         attempts: _builtins.int = ...,
         model_digest: _builtins.str = ...,
         preemptions: _builtins.int = ...,
+        refusals: _abc.Iterable[Global___TransportRefusal] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_workers", b"decode_workers", "gateway", b"gateway", "handoff_bytes", b"handoff_bytes", "model_digest", b"model_digest", "preemptions", b"preemptions", "prefill_workers", b"prefill_workers", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_workers", b"decode_workers", "gateway", b"gateway", "handoff_bytes", b"handoff_bytes", "model_digest", b"model_digest", "preemptions", b"preemptions", "prefill_workers", b"prefill_workers", "refusals", b"refusals", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

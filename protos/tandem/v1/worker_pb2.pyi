@@ -179,7 +179,7 @@ class Peer(_message.Message):
     transport: _types_pb2.Transport.ValueType
     """in use"""
     @_builtins.property
-    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[_kv_pb2.TransportRefusal]:
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TransportRefusal]:
         """better transports, and why they are not used"""
 
     def __init__(
@@ -188,7 +188,7 @@ class Peer(_message.Message):
         worker_id: _builtins.str = ...,
         kv_endpoint: _builtins.str = ...,
         transport: _types_pb2.Transport.ValueType = ...,
-        refusals: _abc.Iterable[_kv_pb2.TransportRefusal] | None = ...,
+        refusals: _abc.Iterable[_types_pb2.TransportRefusal] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

@@ -6,9 +6,9 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from tandem.v1 import kv_pb2, kv_pb2_grpc
 from shared.config import TransportConfig
 from shared.kv_cache import KvLayout
 from shared.rpc import create_server
+from shared.transport.device_pool import DevicePool, Export
 from shared.transport.exporter import Exporter
-from shared.transport.importer import COPY_THREADS, Importer
+from shared.transport.importer import COPY_THREADS, CopyResult, Importer
 from shared.transport.pool_memory import PoolMemory
-from shared.transport.wire import LAYOUT_FIELDS
+from shared.transport.target import DeviceTarget, HostTarget
+from tests.shared.transport.fake_cuda import FakeCuda
 
 ROOT = Path(__file__).parents[3]
 LAYOUT = KvLayout(model_digest="ab" * 32, dtype="float32", num_layers=2, num_kv_heads=1, head_dim=8, block_tokens=16)
@@ -49,7 +51,7 @@ def held() -> Callable[[], tuple[set[str], int]]:
         while seen != (again := files()):  # another thread opens or closes something right now
             seen = again
         maps = Path("/proc/self/maps").read_text().splitlines()
-        return seen, sum("tandem-kv" in line for line in maps)
+        return seen, sum("tandem-kv" in line or "fake-cuda GPU" in line for line in maps)
 
     return held
 
@@ -62,10 +64,16 @@ class Served:
     memory: PoolMemory
     layout: KvLayout
     kv_endpoint: str
+    device: DevicePool | None = None
+
+    @property
+    def pool(self) -> memoryview:
+        """Its bytes, wherever they are."""
+        return self.memory.buffer if self.device is None else memoryview(self.device.tensor.numpy())
 
     def block(self, index: int) -> bytes:
         size = self.layout.block_bytes
-        return bytes(self.memory.buffer[index * size : (index + 1) * size])
+        return bytes(self.pool[index * size : (index + 1) * size])
 
 
 @dataclass
@@ -73,8 +81,15 @@ class Importing:
     """An importer and the pool it copies into, filled with 0xEE."""
 
     importer: Importer
-    pool: bytearray
+    pool: bytearray | memoryview
     layout: KvLayout
+    cuda: FakeCuda | None = None
+    device: DevicePool | None = None
+
+    async def copy(self, extent: kv_pb2.KvExtent, blocks: Sequence[int]) -> CopyResult:
+        """Into `blocks`, the extent's alone: what comes before them in the history is in blocks of no matter."""
+        before = extent.first_token // self.layout.block_tokens
+        return await self.importer.copy(extent, [0] * before + list(blocks))
 
     def block(self, index: int) -> bytes:
         size = self.layout.block_bytes
@@ -108,31 +123,65 @@ def occupy(importing: Any) -> Iterator[Callable[[Importer], threading.Event]]:
 
 @pytest.fixture
 def serve(stack: AsyncExitStack, tmp_path: Path) -> Callable[..., Any]:
-    async def serve(*, num_blocks: int = 32, layout: KvLayout = LAYOUT, **config: Any) -> Served:
+    async def serve(
+        *,
+        num_blocks: int = 32,
+        layout: KvLayout = LAYOUT,
+        cuda: FakeCuda | None = None,
+        export: Export = "descriptor",
+        **config: Any,
+    ) -> Served:
+        """cuda: of the device that its pool is on; default: it is in host memory."""
         memory = PoolMemory(num_blocks * layout.block_bytes)
         stack.callback(memory.close)
-        memory.buffer[:] = random.Random(1).randbytes(memory.num_bytes)
+        device = None
+        if cuda is not None:
+            stack.callback(cuda.assert_clean)
+            device = DevicePool(cuda, memory.num_bytes, export=export)
+            stack.callback(device.close)
+            device.settle(device.mark())
         server = create_server()
         endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         transport = TransportConfig(**{"socket_dir": tmp_path, **config})
-        exporter = Exporter(layout, memory, worker_id="prefill-1", kv_endpoint=endpoint, config=transport)
+        exporter = Exporter(
+            layout, memory, worker_id="prefill-1", kv_endpoint=endpoint, config=transport, device=device
+        )
+        served = Served(exporter, memory, layout, endpoint, device)
+        served.pool[:] = random.Random(1).randbytes(memory.num_bytes)
         await exporter.start()
         kv_pb2_grpc.add_KvServiceServicer_to_server(exporter, server)
         await server.start()
         stack.callback(exporter.close)
+        stack.push_async_callback(exporter.release)
         stack.push_async_callback(server.stop, 0)
-        return Served(exporter, memory, layout, endpoint)
+        return served
 
     return serve
 
 
 @pytest.fixture
 def importing(stack: AsyncExitStack) -> Callable[..., Importing]:
-    def importing(*, num_blocks: int = 32, layout: KvLayout = LAYOUT, **config: Any) -> Importing:
-        pool = bytearray(b"\xee") * (num_blocks * layout.block_bytes)
-        importer = Importer(layout, pool, worker_id="decode-1", config=TransportConfig(**config))
+    def importing(
+        *, num_blocks: int = 32, layout: KvLayout = LAYOUT, cuda: FakeCuda | None = None, **config: Any
+    ) -> Importing:
+        """cuda: of the device that its pool is on; default: it is in host memory."""
+        num_bytes = num_blocks * layout.block_bytes
+        device = None
+        if cuda is None:
+            pool = bytearray(b"\xee") * num_bytes
+            target = HostTarget(layout, pool)
+        else:
+            stack.callback(cuda.assert_clean)
+            device = DevicePool(cuda, num_bytes)
+            stack.callback(device.close)
+            device.settle(device.mark())
+            pool = memoryview(device.tensor.numpy())
+            pool[:] = b"\xee" * num_bytes
+            target = DeviceTarget(layout, device)
+            stack.callback(target.close)
+        importer = Importer(target, worker_id="decode-1", config=TransportConfig(**config))
         stack.push_async_callback(importer.close)
-        return Importing(importer, pool, layout)
+        return Importing(importer, pool, layout, cuda, device)
 
     return importing
 
@@ -169,13 +218,21 @@ class ExporterProcess:
 @pytest.fixture
 def start_exporter(stack: AsyncExitStack, tmp_path: Path) -> Callable[..., Any]:
     async def start(
-        seed: int, *, port: int = 0, num_blocks: int = 32, layout: KvLayout = LAYOUT, **config: Any
+        seed: int,
+        *,
+        port: int = 0,
+        num_blocks: int = 32,
+        layout: KvLayout = LAYOUT,
+        export: Export | None = None,
+        **config: Any,
     ) -> ExporterProcess:
+        """export: of a pool on a device that is no GPU (fake_cuda.py); default: the pool is in host memory."""
         options = {
-            "layout": {"block_bytes": layout.block_bytes, **{name: getattr(layout, name) for name in LAYOUT_FIELDS}},
+            "layout": asdict(layout),
             "num_blocks": num_blocks,
             "seed": seed,
             "port": port,
+            "export": export,
             "config": {"socket_dir": str(tmp_path), **config},
         }
         process = subprocess.Popen(  # noqa: ASYNC220 - forks and execs at once

@@ -1,6 +1,6 @@
 """A prefill worker's KV side as a process of its own: a pool of random bytes, exported whole as "all".
 
-Its argument is JSON: layout, num_blocks, seed, port, config. It prints one line of JSON when it serves, and stops at
+Its argument is JSON: layout, num_blocks, seed, port, export, config. It prints one line of JSON when it serves, and stops at
 the end of its standard input.
 """
 
@@ -13,19 +13,34 @@ from types import SimpleNamespace
 from tandem.v1 import kv_pb2_grpc
 
 from shared.config import TransportConfig
+from shared.kv_cache import KvLayout
 from shared.rpc import create_server
+from shared.transport.device_pool import DevicePool
 from shared.transport.exporter import Exporter
 from shared.transport.pool_memory import PoolMemory
+from tests.shared.transport.fake_cuda import FakeCuda
 
 
 async def main(options: SimpleNamespace) -> None:
-    layout = SimpleNamespace(**options.layout)
+    layout = KvLayout(**options.layout)
     memory = PoolMemory(options.num_blocks * layout.block_bytes)
-    memory.buffer[:] = random.Random(options.seed).randbytes(memory.num_bytes)
+    contents = random.Random(options.seed).randbytes(memory.num_bytes)
+    device = None
+    if options.export is None:
+        memory.buffer[:] = contents
+    else:
+        device = DevicePool(FakeCuda(), memory.num_bytes, export=options.export)
+        device.settle(device.mark())
+        memoryview(device.tensor.numpy())[:] = contents
     server = create_server()
     endpoint = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{options.port}')}"
     exporter = Exporter(
-        layout, memory, worker_id=f"seed-{options.seed}", kv_endpoint=endpoint, config=TransportConfig(**options.config)
+        layout,
+        memory,
+        worker_id=f"seed-{options.seed}",
+        kv_endpoint=endpoint,
+        config=TransportConfig(**options.config),
+        device=device,
     )
     await exporter.start()
     exporter.open_export("all", range(1, options.num_blocks))
@@ -35,6 +50,8 @@ async def main(options: SimpleNamespace) -> None:
     await asyncio.to_thread(sys.stdin.read)
     exporter.close()
     await server.stop(0)
+    if device is not None:
+        device.close()
     memory.close()
 
 

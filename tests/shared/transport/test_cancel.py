@@ -27,9 +27,7 @@ async def test_a_delayed_copy_is_awaited_and_writes_nothing(serve, importing, oc
     served.exporter.open_export("x", range(1, 32))
     await decode.importer.connect(served.kv_endpoint)
     gate = occupy(decode.importer)
-    copy = asyncio.create_task(
-        decode.importer.copy(served.exporter.extent("x", range(1, 32), 0, 31 * 16), range(1, 32))
-    )
+    copy = asyncio.create_task(decode.copy(await served.exporter.extent("x", range(1, 32), 0, 31 * 16), range(1, 32)))
     await turn()
     for _ in range(3):  # however often the caller insists
         copy.cancel()
@@ -59,9 +57,7 @@ async def test_a_copy_cancelled_midway_ends_before_it_raises(serve, importing, m
     served.exporter.open_export("x", range(1, 32))
     await decode.importer.connect(served.kv_endpoint)
     monkeypatch.setattr(block_copy.ctypes, "memmove", memmove)
-    copy = asyncio.create_task(
-        decode.importer.copy(served.exporter.extent("x", range(1, 32), 0, 31 * 16), range(1, 32))
-    )
+    copy = asyncio.create_task(decode.copy(await served.exporter.extent("x", range(1, 32), 0, 31 * 16), range(1, 32)))
     await asyncio.to_thread(begun.wait)
     copy.cancel()
     await turn()
@@ -80,10 +76,10 @@ async def test_a_copy_cancelled_midway_ends_before_it_raises(serve, importing, m
 async def test_cancelling_at_any_point_never_writes_late(serve, importing):
     served, decode = await serve(num_blocks=512), importing(num_blocks=512)
     served.exporter.open_export("x", range(1, 512))
-    extent = served.exporter.extent("x", range(1, 512), 0, 511 * 16)
+    extent = await served.exporter.extent("x", range(1, 512), 0, 511 * 16)
     finished = cancelled = 0
     for turns in range(60):
-        copy = asyncio.create_task(decode.importer.copy(extent, range(511, 0, -1)))
+        copy = asyncio.create_task(decode.copy(extent, range(511, 0, -1)))
         await turn(turns)
         copy.cancel()
         try:
@@ -95,7 +91,7 @@ async def test_cancelling_at_any_point_never_writes_late(serve, importing):
         await drain(decode.importer)
         assert not any(decode.pool)
     assert cancelled
-    await decode.importer.copy(extent, range(1, 512))
+    await decode.copy(extent, range(1, 512))
     assert decode.block(511) == served.block(511)
 
 
@@ -129,9 +125,9 @@ async def test_a_cancelled_fetch_ends_on_both_sides(serve, importing, layout, st
     stack.push_async_callback(server.stop, 0)
     blocks = range(1, num_blocks + 1)
     served.exporter.open_export("x", blocks)
-    extent = served.exporter.extent("x", blocks, 0, num_blocks * 16)
+    extent = await served.exporter.extent("x", blocks, 0, num_blocks * 16)
     extent.kv_endpoint = endpoint
-    copy = asyncio.create_task(decode.importer.copy(extent, blocks))
+    copy = asyncio.create_task(decode.copy(extent, blocks))
     async with asyncio.timeout(10):
         while decode.block(1)[0] != 1:  # noqa: ASYNC110 - the first chunk is seen by what it writes
             await asyncio.sleep(0)
@@ -151,7 +147,7 @@ async def test_closing_waits_for_a_running_copy(serve, importing, occupy):
     served.exporter.open_export("x", [1])
     pair = await decode.importer.connect(served.kv_endpoint)
     gate = occupy(decode.importer)
-    copy = asyncio.create_task(decode.importer.copy(served.exporter.extent("x", [1], 0, 16), [1]))
+    copy = asyncio.create_task(decode.copy(await served.exporter.extent("x", [1], 0, 16), [1]))
     await turn()
     close = asyncio.create_task(decode.importer.close())
     await turn()

@@ -7,6 +7,7 @@ import pytest
 from tandem.v1 import types_pb2
 
 from shared import rpc
+from tests.shared.transport.fake_cuda import FakeCuda
 
 
 def free_port() -> int:
@@ -22,39 +23,54 @@ async def until(condition) -> None:
             await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "inline"])
-async def test_a_restarted_worker_is_mapped_afresh(start_exporter, importing, layout, held, tmp_path, transport):
-    disable = [] if transport == "shared_memory" else ["shared_memory"]
+# how the pool is reached: by which transport, and on a device by which export
+WAYS = {
+    "shared_memory": ("shared_memory", None),
+    "inline": ("inline", None),
+    "cuda_ipc by descriptor": ("cuda_ipc", "descriptor"),
+    "cuda_ipc by handle": ("cuda_ipc", "handle"),
+}
+MAPPED = [way for way in WAYS if way != "inline"]
+
+
+def device(export: str | None) -> dict[str, FakeCuda]:
+    return {"cuda": FakeCuda()} if export else {}
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_restarted_worker_is_mapped_afresh(start_exporter, importing, layout, held, tmp_path, way):
+    transport, export = WAYS[way]
+    decode = importing(disable=["shared_memory"] if transport == "inline" else [], **device(export))
     start = held()
-    decode = importing(disable=disable)
     port = free_port()
-    first = await start_exporter(1, port=port)
-    await decode.importer.copy(first.extent(layout, [3, 4]), [7, 5])  # gRPC opens what it needs for good
+    first = await start_exporter(1, port=port, export=export)
+    await decode.copy(first.extent(layout, [3, 4]), [7, 5])  # gRPC opens what it needs for good
     assert (decode.block(7), decode.block(5)) == (first.block(layout, 3), first.block(layout, 4))
     before = held()
-    assert before[1] == start[1] + (1 if transport == "shared_memory" else 0)
+    assert before[1] == start[1] + (way in MAPPED)
 
     first.kill()
-    second = await start_exporter(2, port=port)
+    second = await start_exporter(2, port=port, export=export)
     assert second.epoch != first.epoch
-    result = await decode.importer.copy(second.extent(layout, [3, 4]), [7, 5])
+    result = await decode.copy(second.extent(layout, [3, 4]), [7, 5])
     assert result.transport == types_pb2.Transport.Value(f"TRANSPORT_{transport.upper()}")
     assert (decode.block(7), decode.block(5)) == (second.block(layout, 3), second.block(layout, 4))
     assert [pair.worker_id for pair in decode.importer.pairs()] == ["seed-2"]
     with pytest.raises(rpc.RpcError, match="epoch") as caught:
-        await decode.importer.copy(first.extent(layout, [3]), [1])
+        await decode.copy(first.extent(layout, [3]), [1])
     assert caught.value.code.name == "ABORTED"
     assert decode.untouched(7, 5)
     await until(lambda: len(held()[0]) <= len(before[0]))
     assert held()[1] == before[1]
-    if transport == "shared_memory":
-        assert len(list(tmp_path.glob("*.sock"))) == 1  # the killed worker's was removed
+    if way in MAPPED:
+        assert len(list(tmp_path.glob("*.sock"))) == (2 if export else 1)  # the killed worker's were removed
 
 
-async def test_a_dead_workers_memory_is_given_back_without_further_traffic(start_exporter, importing, layout, held):
+@pytest.mark.parametrize("way", MAPPED)
+async def test_a_dead_workers_memory_is_given_back_without_further_traffic(start_exporter, importing, layout, held, way):
+    decode = importing(**device(WAYS[way][1]))
     before = held()[1]
-    decode = importing()
-    worker = await start_exporter(1)
+    worker = await start_exporter(1, export=WAYS[way][1])
     pair = await decode.importer.connect(worker.kv_endpoint)
     assert held()[1] == before + 1
     worker.kill()
@@ -62,18 +78,19 @@ async def test_a_dead_workers_memory_is_given_back_without_further_traffic(start
     assert held()[1] == before
     assert decode.importer.pairs() == []
     with pytest.raises(rpc.RpcError) as caught:
-        await decode.importer.copy(worker.extent(layout, [1]), [1])
+        await decode.copy(worker.extent(layout, [1]), [1])
     assert caught.value.code.name == "UNAVAILABLE"
     assert decode.untouched()
 
 
-async def test_the_mapping_outlives_its_owner_while_a_copy_runs(start_exporter, importing, layout, held, occupy):
+@pytest.mark.parametrize("way", MAPPED)
+async def test_the_mapping_outlives_its_owner_while_a_copy_runs(start_exporter, importing, layout, held, occupy, way):
+    decode = importing(**device(WAYS[way][1]))
     before = held()[1]
-    decode = importing()
-    worker = await start_exporter(1)
+    worker = await start_exporter(1, export=WAYS[way][1])
     pair = await decode.importer.connect(worker.kv_endpoint)
     gate = occupy(decode.importer)
-    copy = asyncio.create_task(decode.importer.copy(worker.extent(layout, list(range(1, 32))), range(1, 32)))
+    copy = asyncio.create_task(decode.copy(worker.extent(layout, list(range(1, 32))), range(1, 32)))
     await asyncio.sleep(0)
     worker.kill()
     await until(lambda: not decode.importer.pairs())
@@ -90,7 +107,7 @@ async def test_a_worker_killed_during_a_fetch_is_unavailable(start_exporter, imp
     decode = importing(num_blocks=num_blocks, disable=["shared_memory"])
     worker = await start_exporter(1, num_blocks=num_blocks)
     blocks = list(range(1, num_blocks))
-    copy = asyncio.create_task(decode.importer.copy(worker.extent(layout, blocks), blocks))
+    copy = asyncio.create_task(decode.copy(worker.extent(layout, blocks), blocks))
     await until(lambda: copy.done() or decode.block(1) == worker.block(layout, 1))
     assert not copy.done(), copy.exception()
     worker.process.kill()
@@ -100,13 +117,14 @@ async def test_a_worker_killed_during_a_fetch_is_unavailable(start_exporter, imp
     assert decode.importer.pairs() == []
 
 
-async def test_descriptors_and_mappings_return_to_the_start(start_exporter, importing, layout, held):
-    decode = importing()
+@pytest.mark.parametrize("way", MAPPED)
+async def test_descriptors_and_mappings_return_to_the_start(start_exporter, importing, layout, held, way):
+    decode = importing(**device(WAYS[way][1]))
 
     async def life(seed: int) -> None:
-        worker = await start_exporter(seed)
+        worker = await start_exporter(seed, export=WAYS[way][1])
         pair = await decode.importer.connect(worker.kv_endpoint)
-        await decode.importer.copy(worker.extent(layout, [1]), [1])
+        await decode.copy(worker.extent(layout, [1]), [1])
         worker.kill()
         await asyncio.wait_for(pair.closed.wait(), 10)
 

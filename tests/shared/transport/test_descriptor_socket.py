@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared.transport import descriptor_socket
-from shared.transport.descriptor_socket import HEADER, MAGIC, DescriptorServer, receive_descriptor
+from shared.transport.descriptor_socket import HEADER, MAGIC, DescriptorServer, attach
 from shared.transport.mapping import Mapping
 from shared.transport.pool_memory import PoolMemory
 
@@ -104,21 +104,21 @@ async def test_a_client_that_writes_is_ended(server):
 async def test_ends_connections_beyond_the_bound(server, monkeypatch):
     monkeypatch.setattr(descriptor_socket, "MAX_CONNECTIONS", 0)
     with pytest.raises(OSError, match="no descriptor"):
-        await asyncio.to_thread(receive_descriptor, str(server.path), 5, NUM_BYTES)
+        await asyncio.to_thread(attach, str(server.path), 5, NUM_BYTES)
 
 
 @pytest.mark.parametrize(("epoch", "num_bytes"), [(6, NUM_BYTES), (5, NUM_BYTES + 1)])
 async def test_refuses_another_pool(server, epoch, num_bytes):
     with pytest.raises(OSError, match="another pool"):
-        await asyncio.to_thread(receive_descriptor, str(server.path), epoch, num_bytes)
+        await asyncio.to_thread(attach, str(server.path), epoch, num_bytes)
 
 
 async def test_names_the_path_that_nobody_serves(tmp_path):
     with pytest.raises(OSError, match=r"absent\.sock: No such file"):
-        receive_descriptor(str(tmp_path / "absent.sock"), 1, 1)
+        attach(str(tmp_path / "absent.sock"), 1, 1)
     for path in ("x" * 200, "a\0b"):
         with pytest.raises(OSError, match="no path"):
-            receive_descriptor(path, 1, 1)
+            attach(path, 1, 1)
 
 
 @pytest.mark.parametrize("case", ["header", "no descriptor", "size", "unsealed", "no memory file"])
@@ -146,7 +146,7 @@ async def test_refuses_another_user(server, monkeypatch):
     real = descriptor_socket.peer_uid
     monkeypatch.setattr(descriptor_socket, "peer_uid", lambda connection: real(connection) + 1)
     with pytest.raises(OSError, match="belongs to user"):
-        await asyncio.to_thread(receive_descriptor, str(server.path), 5, NUM_BYTES)
+        await asyncio.to_thread(attach, str(server.path), 5, NUM_BYTES)
     assert not server._connections
 
 

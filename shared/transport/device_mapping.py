@@ -1,0 +1,97 @@
+"""Another process's pool on a CUDA device, mapped here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+from tandem.v1 import kv_pb2
+
+from shared.transport.cuda import HANDLE_BYTES, CudaDriver, CudaError
+from shared.transport.descriptor_socket import attach
+
+log = logging.getLogger(__name__)
+
+MAX_EVENTS = 64
+
+
+class DeviceMapping:
+    """The first num_bytes of a peer's device memory, for reading, until `close`.
+
+    tensor: uint8 [num_bytes].
+    """
+
+    def __init__(self, driver: CudaDriver, handle: kv_pb2.CudaIpcHandle, epoch: int, num_bytes: int) -> None:
+        """Blocks. Raises OSError saying what is in the way."""
+        _check(handle, num_bytes)
+        driver.reach(handle.device_uuid)
+        fd, self._lifeline = attach(handle.socket_path, epoch, handle.num_bytes)
+        self._driver = driver
+        self._opened = bool(handle.handle)  # else mapped by its descriptor
+        self._address, self._size, self._events = 0, handle.num_bytes, list[int]()
+        try:
+            if self._opened:
+                self._address, self._size = driver.open_handle(handle.handle)
+            elif fd is not None:
+                self._address = driver.map_descriptor(fd, self._size)
+            else:
+                raise OSError(f"{handle.socket_path} passed no descriptor")
+            if self._size < num_bytes:
+                raise OSError(f"the handle is one of {self._size} bytes, not of {num_bytes}")
+            self.tensor = driver.tensor(self._address, num_bytes)
+            self._open_events(list(handle.event_handles))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a stream of this process can wait for the peer's marks; else the peer has to be asked."""
+        return bool(self._events)
+
+    def wait(self, stream: int, mark: int) -> None:
+        """A stream of this process waits for a mark of the peer, if it `waits`."""
+        if mark and self._events:
+            self._driver.wait(stream, self._events[mark % len(self._events)])
+
+    def watch(self, on_death: Callable[[], None]) -> None:
+        """Calls back once, on the running event loop, when the owner of the pool is gone."""
+        self._lifeline.watch(on_death)
+
+    def close(self) -> None:
+        """Unmaps. The caller sees to it that no copy is running."""
+        self._lifeline.close()
+        for event in self._events:
+            self._driver.destroy_event(event)
+        self._events.clear()
+        if self._address:
+            address, self._address = self._address, 0
+            if self._opened:
+                self._driver.close_handle(address)
+            else:
+                self._driver.unmap(address, self._size)
+
+    def _open_events(self, handles: list[bytes]) -> None:
+        try:
+            for handle in handles:
+                self._events.append(self._driver.open_event(handle))
+        except CudaError as error:
+            # events need more in common than a descriptor does
+            for event in self._events:
+                self._driver.destroy_event(event)
+            self._events.clear()
+            log.info("each import asks the prefill worker whether its blocks are written: %s", error)
+
+
+def _check(handle: kv_pb2.CudaIpcHandle, num_bytes: int) -> None:
+    if handle.num_bytes < num_bytes:
+        raise OSError(f"an allocation of {handle.num_bytes} bytes does not hold a pool of {num_bytes}")
+    if len(handle.event_handles) > MAX_EVENTS:
+        raise OSError(f"{len(handle.event_handles)} events are more than {MAX_EVENTS}")
+    for data in (*([handle.handle] if handle.handle else ()), *handle.event_handles):
+        if len(data) != HANDLE_BYTES:
+            raise OSError(f"a CUDA IPC handle has {HANDLE_BYTES} bytes, not {len(data)}")
