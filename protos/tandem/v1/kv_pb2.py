@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import types_pb2 as tandem_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12tandem/v1/kv.proto\x12\ttandem.v1\x1a\x15tandem/v1/types.proto\"\xba\x01\n\x08KvLayout\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\r\x12\r\n\x05order\x18\x08 \x01(\t\x12\x0e\n\x06\x64igest\x18\t \x01(\t\"\x85\x01\n\x10HandshakeRequest\x12#\n\x06layout\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0f\n\x07host_id\x18\x03 \x01(\t\x12(\n\ntransports\x18\x04 \x03(\x0e\x32\x14.tandem.v1.Transport\"\xc3\x01\n\x11HandshakeResponse\x12#\n\x06layout\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12$\n\x07handles\x18\x05 \x03(\x0b\x32\x13.tandem.v1.KvHandle\x12-\n\x08refusals\x18\x06 \x03(\x0b\x32\x1b.tandem.v1.TransportRefusal\"K\n\x10TransportRefusal\x12\'\n\ttransport\x18\x01 \x01(\x0e\x32\x14.tandem.v1.Transport\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xca\x01\n\x08KvHandle\x12,\n\x08\x63uda_ipc\x18\x01 \x01(\x0b\x32\x18.tandem.v1.CudaIpcHandleH\x00\x12\x36\n\rshared_memory\x18\x02 \x01(\x0b\x32\x1d.tandem.v1.SharedMemoryHandleH\x00\x12%\n\x04nixl\x18\x03 \x01(\x0b\x32\x15.tandem.v1.NixlHandleH\x00\x12)\n\x06inline\x18\x04 \x01(\x0b\x32\x17.tandem.v1.InlineHandleH\x00\x42\x06\n\x04kind\"\\\n\rCudaIpcHandle\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bsocket_path\x18\x04 \x01(\t\"<\n\x12SharedMemoryHandle\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"$\n\nNixlHandle\x12\x16\n\x0e\x61gent_metadata\x18\x01 \x01(\x0c\"#\n\x0cInlineHandle\x12\x13\n\x0b\x63hunk_bytes\x18\x01 \x01(\r\"\xb2\x01\n\x08KvExtent\x12\x13\n\x0bkv_endpoint\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x15\n\rlayout_digest\x18\x03 \x01(\t\x12\x11\n\tblock_ids\x18\x04 \x03(\r\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\r\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\x12\x12\n\x05\x63rc32\x18\x07 \x01(\x07H\x00\x88\x01\x01\x12\x11\n\texport_id\x18\x08 \x01(\tB\x08\n\x06_crc32\"C\n\x0c\x46\x65tchRequest\x12\x11\n\texport_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tblock_ids\x18\x03 \x03(\r\"\x1d\n\rFetchResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\x91\x01\n\tKvService\x12\x46\n\tHandshake\x12\x1b.tandem.v1.HandshakeRequest\x1a\x1c.tandem.v1.HandshakeResponse\x12<\n\x05\x46\x65tch\x12\x17.tandem.v1.FetchRequest\x1a\x18.tandem.v1.FetchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12tandem/v1/kv.proto\x12\ttandem.v1\x1a\x15tandem/v1/types.proto\"\xd1\x01\n\x08KvLayout\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\r\x12\r\n\x05order\x18\x08 \x01(\t\x12\x0e\n\x06\x64igest\x18\t \x01(\t\x12\x15\n\rfirst_kv_head\x18\n \x01(\r\"\x85\x01\n\x10HandshakeRequest\x12#\n\x06layout\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0f\n\x07host_id\x18\x03 \x01(\t\x12(\n\ntransports\x18\x04 \x03(\x0e\x32\x14.tandem.v1.Transport\"\xc3\x01\n\x11HandshakeResponse\x12#\n\x06layout\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12$\n\x07handles\x18\x05 \x03(\x0b\x32\x13.tandem.v1.KvHandle\x12-\n\x08refusals\x18\x06 \x03(\x0b\x32\x1b.tandem.v1.TransportRefusal\"K\n\x10TransportRefusal\x12\'\n\ttransport\x18\x01 \x01(\x0e\x32\x14.tandem.v1.Transport\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xca\x01\n\x08KvHandle\x12,\n\x08\x63uda_ipc\x18\x01 \x01(\x0b\x32\x18.tandem.v1.CudaIpcHandleH\x00\x12\x36\n\rshared_memory\x18\x02 \x01(\x0b\x32\x1d.tandem.v1.SharedMemoryHandleH\x00\x12%\n\x04nixl\x18\x03 \x01(\x0b\x32\x15.tandem.v1.NixlHandleH\x00\x12)\n\x06inline\x18\x04 \x01(\x0b\x32\x17.tandem.v1.InlineHandleH\x00\x42\x06\n\x04kind\"\\\n\rCudaIpcHandle\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bsocket_path\x18\x04 \x01(\t\"<\n\x12SharedMemoryHandle\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"$\n\nNixlHandle\x12\x16\n\x0e\x61gent_metadata\x18\x01 \x01(\x0c\"#\n\x0cInlineHandle\x12\x13\n\x0b\x63hunk_bytes\x18\x01 \x01(\r\"\xb2\x01\n\x08KvExtent\x12\x13\n\x0bkv_endpoint\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x15\n\rlayout_digest\x18\x03 \x01(\t\x12\x11\n\tblock_ids\x18\x04 \x03(\r\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\r\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\x12\x12\n\x05\x63rc32\x18\x07 \x01(\x07H\x00\x88\x01\x01\x12\x11\n\texport_id\x18\x08 \x01(\tB\x08\n\x06_crc32\"C\n\x0c\x46\x65tchRequest\x12\x11\n\texport_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tblock_ids\x18\x03 \x03(\r\"\x1d\n\rFetchResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\x91\x01\n\tKvService\x12\x46\n\tHandshake\x12\x1b.tandem.v1.HandshakeRequest\x1a\x1c.tandem.v1.HandshakeResponse\x12<\n\x05\x46\x65tch\x12\x17.tandem.v1.FetchRequest\x1a\x18.tandem.v1.FetchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,29 +33,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.kv_pb2', _globals
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_KVLAYOUT']._serialized_start=57
-  _globals['_KVLAYOUT']._serialized_end=243
-  _globals['_HANDSHAKEREQUEST']._serialized_start=246
-  _globals['_HANDSHAKEREQUEST']._serialized_end=379
-  _globals['_HANDSHAKERESPONSE']._serialized_start=382
-  _globals['_HANDSHAKERESPONSE']._serialized_end=577
-  _globals['_TRANSPORTREFUSAL']._serialized_start=579
-  _globals['_TRANSPORTREFUSAL']._serialized_end=654
-  _globals['_KVHANDLE']._serialized_start=657
-  _globals['_KVHANDLE']._serialized_end=859
-  _globals['_CUDAIPCHANDLE']._serialized_start=861
-  _globals['_CUDAIPCHANDLE']._serialized_end=953
-  _globals['_SHAREDMEMORYHANDLE']._serialized_start=955
-  _globals['_SHAREDMEMORYHANDLE']._serialized_end=1015
-  _globals['_NIXLHANDLE']._serialized_start=1017
-  _globals['_NIXLHANDLE']._serialized_end=1053
-  _globals['_INLINEHANDLE']._serialized_start=1055
-  _globals['_INLINEHANDLE']._serialized_end=1090
-  _globals['_KVEXTENT']._serialized_start=1093
-  _globals['_KVEXTENT']._serialized_end=1271
-  _globals['_FETCHREQUEST']._serialized_start=1273
-  _globals['_FETCHREQUEST']._serialized_end=1340
-  _globals['_FETCHRESPONSE']._serialized_start=1342
-  _globals['_FETCHRESPONSE']._serialized_end=1371
-  _globals['_KVSERVICE']._serialized_start=1374
-  _globals['_KVSERVICE']._serialized_end=1519
+  _globals['_KVLAYOUT']._serialized_end=266
+  _globals['_HANDSHAKEREQUEST']._serialized_start=269
+  _globals['_HANDSHAKEREQUEST']._serialized_end=402
+  _globals['_HANDSHAKERESPONSE']._serialized_start=405
+  _globals['_HANDSHAKERESPONSE']._serialized_end=600
+  _globals['_TRANSPORTREFUSAL']._serialized_start=602
+  _globals['_TRANSPORTREFUSAL']._serialized_end=677
+  _globals['_KVHANDLE']._serialized_start=680
+  _globals['_KVHANDLE']._serialized_end=882
+  _globals['_CUDAIPCHANDLE']._serialized_start=884
+  _globals['_CUDAIPCHANDLE']._serialized_end=976
+  _globals['_SHAREDMEMORYHANDLE']._serialized_start=978
+  _globals['_SHAREDMEMORYHANDLE']._serialized_end=1038
+  _globals['_NIXLHANDLE']._serialized_start=1040
+  _globals['_NIXLHANDLE']._serialized_end=1076
+  _globals['_INLINEHANDLE']._serialized_start=1078
+  _globals['_INLINEHANDLE']._serialized_end=1113
+  _globals['_KVEXTENT']._serialized_start=1116
+  _globals['_KVEXTENT']._serialized_end=1294
+  _globals['_FETCHREQUEST']._serialized_start=1296
+  _globals['_FETCHREQUEST']._serialized_end=1363
+  _globals['_FETCHRESPONSE']._serialized_start=1365
+  _globals['_FETCHRESPONSE']._serialized_end=1394
+  _globals['_KVSERVICE']._serialized_start=1397
+  _globals['_KVSERVICE']._serialized_end=1542
 # @@protoc_insertion_point(module_scope)

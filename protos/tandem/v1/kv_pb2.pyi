@@ -34,12 +34,13 @@ class KvLayout(_message.Message):
     BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
     ORDER_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    FIRST_KV_HEAD_FIELD_NUMBER: _builtins.int
     contract_version: _builtins.int
     """version of this contract"""
     model_digest: _builtins.str
     """sha256 over configuration and weights, in hexadecimal"""
     dtype: _builtins.str
-    """element type, such as "bfloat16" """
+    """of the elements: "float32", "bfloat16", or with a scale for each row "int8", "fp8" """
     num_layers: _builtins.int
     """layers of the model"""
     num_kv_heads: _builtins.int
@@ -51,7 +52,9 @@ class KvLayout(_message.Message):
     order: _builtins.str
     """order of the pool's dimensions, outermost first"""
     digest: _builtins.str
-    """sha256 over the fields above, in hexadecimal"""
+    """sha256 over the other fields, in hexadecimal"""
+    first_kv_head: _builtins.int
+    """the first of the model's key/value heads that the pool holds"""
     def __init__(
         self,
         *,
@@ -64,10 +67,11 @@ class KvLayout(_message.Message):
         block_tokens: _builtins.int = ...,
         order: _builtins.str = ...,
         digest: _builtins.str = ...,
+        first_kv_head: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "contract_version", b"contract_version", "digest", b"digest", "dtype", b"dtype", "head_dim", b"head_dim", "model_digest", b"model_digest", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "order", b"order"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "contract_version", b"contract_version", "digest", b"digest", "dtype", b"dtype", "first_kv_head", b"first_kv_head", "head_dim", b"head_dim", "model_digest", b"model_digest", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "order", b"order"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

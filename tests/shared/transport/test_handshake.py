@@ -48,7 +48,7 @@ async def test_names_the_layout_field_that_differs(serve, importing, layout, fie
     else:
         value = getattr(layout, field)
         change = {"dtype": "bfloat16", "model_digest": "cd" * 32, "order": "layer,block,kv,head,token,dim"}
-        other = replace(layout, **{field: change.get(field) or value * 2})
+        other = replace(layout, **{field: change.get(field) or value * 2 or 1})
     served, decode = await serve(), importing(layout=other)
     with pytest.raises(rpc.RpcError) as caught:
         await decode.importer.connect(served.kv_endpoint)
