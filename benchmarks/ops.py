@@ -26,6 +26,7 @@ from rich.table import Table, box
 from kernels.activation import gated_silu
 from kernels.attention import paged_attention
 from kernels.cpu.library import record
+from kernels.kv_format import KvPlanes
 from kernels.linear import LinearWeight, linear
 from kernels.quantization import Quantization
 from kernels.rms_norm import add_rms_norm
@@ -87,8 +88,8 @@ def attentions() -> Iterator[Op]:
         table = torch.randperm(sequences * blocks, dtype=torch.int32).view(sequences, blocks)
         with record() as replay:
             for layer in range(LAYERS):
-                keys, values = pool[:, layer, 0], pool[:, layer, 1]
-                paged_attention(q, keys, values, starts, lengths, table, HEAD_DIM**-0.5, out=out)
+                cache = KvPlanes(pool[:, layer, 0], pool[:, layer, 1])
+                paged_attention(q, cache, starts, lengths, table, HEAD_DIM**-0.5, out=out)
         # the replay holds addresses, the operation what lies there
         keep = (pool, q, out, lengths, starts, table)
         seen = tokens * (2 * length - tokens + 1) / 2

@@ -23,7 +23,7 @@ class SwapSpace:
         return self._used_bytes
 
     def save(self, blocks: Sequence[int]) -> Tensor | None:
-        """The blocks' content, (len(blocks), *block_shape) on the host, or None when there is no room for it."""
+        """The blocks' bytes, uint8 [len(blocks), block_bytes] on the host, or None when there is no room for it."""
         num_bytes = len(blocks) * self._kv.block_bytes
         if self._used_bytes + num_bytes > self._limit_bytes:
             return None

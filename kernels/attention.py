@@ -9,7 +9,7 @@ query tokens cu_seqlens[s] .. cu_seqlens[s + 1], the last ones of its context_le
 is a query of one token.
 
     q            [tokens, heads, head_dim]
-    k_cache      [blocks, kv_heads, block_tokens, head_dim], any strides but the last; v_cache alike
+    cache        KvPlanes
     cu_seqlens   [seqs + 1] int32
     context_lens [seqs] int32, tokens in the cache with this call's own
     block_tables [seqs, max_blocks] int32; entries beyond the context are never read
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
+from kernels.kv_format import KvPlanes
 
 SPLIT_TOKENS = 512  # keys of a partial result of decode on CUDA
 
@@ -37,8 +38,7 @@ _MAX_TRITON_HEAD_DIM = 256  # a program's tiles live in registers
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KvPlanes,
     cu_seqlens: Tensor,
     context_lens: Tensor,
     block_tables: Tensor,
@@ -53,7 +53,7 @@ def paged_attention(
 ) -> Tensor:
     """Attention of each query token over its sequence's cache; see the module for shapes.
 
-    float32 or bfloat16 (q, caches and out alike), float32 inside; head_dim a multiple of 8. Raises ValueError when a
+    float32 or bfloat16 (q, cache and out alike), float32 inside; head_dim a multiple of 8. Raises ValueError when a
     tensor breaks the contract and, in C, IndexError when lengths or block tables point outside the cache: on CUDA,
     where nobody reads them on the host, what lies outside is neither read nor written.
 
@@ -62,10 +62,10 @@ def paged_attention(
     attention_workspace elements (allocated when missing). In C these two change nothing.
     """
     tokens, num_heads, head_dim = q.shape
-    num_blocks, num_kv_heads, block_tokens, _ = k_cache.shape
+    num_blocks, num_kv_heads, block_tokens, _ = cache.keys.shape
     triton = in_triton("paged_attention", q)
     max_head_dim = _MAX_TRITON_HEAD_DIM if triton else _MAX_HEAD_DIM
-    _check(q, k_cache, v_cache, cu_seqlens, context_lens, block_tables, sliding_window, max_head_dim)
+    _check(q, cache, cu_seqlens, context_lens, block_tables, sliding_window, max_head_dim)
     _check_scores(q, alibi_slopes, soft_cap)
     num_seqs, max_blocks = block_tables.shape
     if max_query_len is not None and tokens > num_seqs * max_query_len:
@@ -83,17 +83,17 @@ def paged_attention(
         decode = max_query_len == 1
         workspace = _workspace(workspace, q, num_seqs, max_blocks * block_tokens) if decode else None
         launch(
-            q, k_cache, v_cache, cu_seqlens, context_lens, block_tables, scale, sliding_window, alibi_slopes, soft_cap,
-            workspace, out,
+            q, cache, cu_seqlens, context_lens, block_tables, scale, sliding_window, alibi_slopes, soft_cap, workspace,
+            out,
         )  # fmt: skip
         return out
     if alibi_slopes is not None or soft_cap is not None:
         raise ValueError("alibi_slopes and soft_cap are CUDA's alone: paged_attention in C has neither")
     failed = library.call("tandem_paged_attention",
-        q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
+        q.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr(), out.data_ptr(),
         cu_seqlens.data_ptr(), context_lens.data_ptr(), block_tables.data_ptr(),
         tokens, num_seqs, max_blocks, block_tables.stride(0), num_blocks, block_tokens,
-        *k_cache.stride()[:3], *v_cache.stride()[:3],
+        *cache.keys.stride()[:3], *cache.values.stride()[:3],
         num_heads, num_kv_heads, head_dim, sliding_window or 0, float(scale), _DTYPES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if failed:
@@ -108,8 +108,7 @@ def attention_workspace(seqs: int, heads: int, head_dim: int, max_context: int) 
 
 def paged_attention_reference(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KvPlanes,
     cu_seqlens: Tensor,
     context_lens: Tensor,
     block_tables: Tensor,
@@ -121,14 +120,14 @@ def paged_attention_reference(
 ) -> Tensor:
     """The same in plain torch, one sequence at a time, in the dtype of its inputs (float64 for tests)."""
     tokens, num_heads, head_dim = q.shape
-    _, num_kv_heads, block_tokens, _ = k_cache.shape
+    _, num_kv_heads, block_tokens, _ = cache.keys.shape
     out = torch.empty_like(q)
     for s, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
         context = int(context_lens[s])
         table = block_tables[s, : -(-context // block_tokens)].long()
         # [kv_heads, context, head_dim], then one per query head
-        keys = k_cache[table].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :context]
-        values = v_cache[table].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :context]
+        keys = cache.keys[table].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :context]
+        values = cache.values[table].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :context]
         keys = keys.repeat_interleave(num_heads // num_kv_heads, 0)
         values = values.repeat_interleave(num_heads // num_kv_heads, 0)
         scores = q[start:end].transpose(0, 1) @ keys.transpose(1, 2) * scale  # [heads, queries, context]
@@ -147,35 +146,30 @@ def paged_attention_reference(
 
 def _check(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KvPlanes,
     cu_seqlens: Tensor,
     context_lens: Tensor,
     block_tables: Tensor,
     window: int | None,
     max_head_dim: int,
 ) -> None:
-    dtype = q.dtype
-    if dtype not in _DTYPES or k_cache.dtype != dtype or v_cache.dtype != dtype:
-        raise ValueError(
-            f"q, k_cache and v_cache must share float32 or bfloat16, got {dtype}, {k_cache.dtype}, {v_cache.dtype}"
-        )
+    cache.check("q", q)
     _, num_heads, head_dim = q.shape
     if head_dim % 8 or not 0 < head_dim <= max_head_dim:
         raise ValueError(f"head_dim must be a multiple of 8 up to {max_head_dim}, got {head_dim}")
-    if k_cache.shape != v_cache.shape or k_cache.shape[3] != head_dim or num_heads % k_cache.shape[1]:
+    if cache.keys.shape[3] != head_dim or num_heads % cache.keys.shape[1]:
         raise ValueError(
-            f"q {list(q.shape)} does not fit k_cache {list(k_cache.shape)} and v_cache {list(v_cache.shape)}: "
+            f"q {list(q.shape)} does not fit keys and values {list(cache.keys.shape)}: "
             "head_dim must agree and kv_heads divide heads"
         )
-    if not q.is_contiguous() or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
-        raise ValueError("q must be contiguous, and the last dimension of k_cache and v_cache too")
+    if not q.is_contiguous():
+        raise ValueError("q must be contiguous")
     for name, tensor in (("cu_seqlens", cu_seqlens), ("context_lens", context_lens), ("block_tables", block_tables)):
         if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
             raise ValueError(
                 f"{name} must be int32 with its last dimension contiguous, got {tensor.dtype} {tensor.stride()}"
             )
-    for tensor in (k_cache, v_cache, cu_seqlens, context_lens, block_tables):
+    for tensor in (cu_seqlens, context_lens, block_tables):
         if tensor.device != q.device:
             raise ValueError(f"all tensors must be on {q.device} like q, got one on {tensor.device}")
     num_seqs = block_tables.shape[0]

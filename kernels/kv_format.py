@@ -53,6 +53,11 @@ class KvFormat:
     def block_bytes(self) -> int:
         return self.num_layers * 2 * self.num_kv_heads * self.plane_bytes
 
+    @property
+    def form(self) -> str:
+        """As KvPlanes says it."""
+        return self.dtype if self.quantized else "plain"
+
     def elements(self, pool: Tensor) -> Tensor:
         """A view of a pool, uint8 [blocks, block_bytes]: [blocks, layers, 2, kv_heads, block_tokens, head_dim]."""
         num_bytes = self.block_tokens * self.head_dim * ELEMENTS[self.dtype].itemsize
@@ -65,6 +70,48 @@ class KvFormat:
             return None
         planes = pool.view(-1, self.num_layers, 2, self.num_kv_heads, self.plane_bytes)
         return planes[..., self.block_tokens * self.head_dim :].view(torch.float32)
+
+    def planes(self, pool: Tensor, layer: int) -> KvPlanes:
+        """A layer of a pool, uint8 [blocks, block_bytes]."""
+        keys, values = self.elements(pool)[:, layer].unbind(1)
+        scales = self.scales(pool)
+        key_scales, value_scales = (None, None) if scales is None else scales[:, layer].unbind(1)
+        return KvPlanes(keys, values, key_scales, value_scales, self.form)
+
+
+@dataclass(frozen=True)
+class KvPlanes:
+    """A layer's keys and values, as views of a pool.
+
+    keys         [blocks, kv_heads, block_tokens, head_dim], any strides but the last; values alike
+    key_scales   [blocks, kv_heads, block_tokens] float32, any strides; value_scales alike; None where rows have none
+    form         "plain", or the key of GREATEST that says what the elements mean
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+    form: str = "plain"
+
+    def check(self, name: str, like: Tensor) -> None:
+        """Raises ValueError unless an op can read and write them beside the activations `like`, called `name`."""
+        keys, values = self.keys, self.values
+        if like.dtype not in (torch.float32, torch.bfloat16) or keys.dtype != like.dtype or values.dtype != like.dtype:
+            raise ValueError(
+                f"{name}, keys and values must share float32 or bfloat16, "
+                f"got {like.dtype}, {keys.dtype} and {values.dtype}"
+            )
+        if keys.dim() != 4 or keys.shape != values.shape or keys.shape[3] % 8:
+            raise ValueError(
+                "keys and values must be [blocks, kv_heads, block_tokens, a multiple of 8], "
+                f"got {list(keys.shape)} and {list(values.shape)}"
+            )
+        if keys.stride(3) != 1 or values.stride(3) != 1:
+            raise ValueError("the last dimension of keys and values must be contiguous")
+        for tensor in (keys, values):
+            if tensor.device != like.device:
+                raise ValueError(f"all tensors must be on {like.device} like {name}, got one on {tensor.device}")
 
 
 def quantize_rows(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor]:

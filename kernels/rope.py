@@ -12,7 +12,7 @@ Dimensions from `rotary` on pass through. With q_norm and k_norm, each head is f
                  scaled as the model wants them, any attention factor multiplied in
     positions    [tokens] int32, absolute
     slots        [tokens] int64, block * block_tokens + offset: where k and v go
-    k_cache      [blocks, kv_heads, block_tokens, head_dim], any strides but the last; v_cache alike
+    cache        of kv_heads heads, KvPlanes
     q_norm       [head_dim], qkv's dtype or float32; k_norm alike
     q (returned) [tokens, heads, head_dim]
 
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
+from kernels.kv_format import KvPlanes
 from kernels.rms_norm import rms_norm_reference
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -40,8 +41,7 @@ def rope_and_cache(
     cos_sin: Tensor,
     positions: Tensor,
     slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KvPlanes,
     num_heads: int,
     num_kv_heads: int,
     q_norm: Tensor | None = None,
@@ -53,14 +53,14 @@ def rope_and_cache(
 ) -> Tensor:
     """Rotates q and k, writes k and v into the cache, returns q; see the module for shapes.
 
-    float32 or bfloat16 (qkv and caches alike); head_dim a multiple of 8, rotary even and at most head_dim. Raises
+    float32 or bfloat16 (qkv and cache alike); head_dim a multiple of 8, rotary even and at most head_dim. Raises
     ValueError when a tensor breaks the contract and, on a CPU, IndexError, with nothing written, when a position or
     slot is out of range.
     """
     triton = in_triton("rope_and_cache", qkv)
     tokens = qkv.shape[0]
-    num_blocks, _, block_tokens, head_dim = k_cache.shape
-    _check(qkv, cos_sin, positions, slots, k_cache, v_cache, num_heads, num_kv_heads, q_norm, k_norm)
+    num_blocks, _, block_tokens, head_dim = cache.keys.shape
+    _check(qkv, cos_sin, positions, slots, cache, num_heads, num_kv_heads, q_norm, k_norm)
     if out is None:
         out = qkv.new_empty(tokens, num_heads, head_dim)
     elif out.dtype != qkv.dtype or out.shape != (tokens, num_heads, head_dim) or not out.is_contiguous():
@@ -70,11 +70,12 @@ def rope_and_cache(
     if triton:
         from kernels.cuda.rope import rope_and_cache as launch
 
-        launch(qkv, cos_sin, positions, slots, k_cache, v_cache, q_norm, k_norm, eps, interleaved, out)
+        launch(qkv, cos_sin, positions, slots, cache, q_norm, k_norm, eps, interleaved, out)
         return out
     failed = library.call("tandem_rope_and_cache",
         qkv.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(), slots.data_ptr(),
-        out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        out.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr(),
+        *cache.keys.stride()[:3], *cache.values.stride()[:3],
         tokens, num_heads, num_kv_heads, head_dim, cos_sin.shape[1], cos_sin.shape[0], num_blocks, block_tokens,
         None if q_norm is None else q_norm.data_ptr(), None if k_norm is None else k_norm.data_ptr(),
         float(eps), 0 if q_norm is None else _DTYPES[q_norm.dtype], _DTYPES[qkv.dtype],
@@ -94,8 +95,7 @@ def rope_and_cache_reference(
     cos_sin: Tensor,
     positions: Tensor,
     slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KvPlanes,
     num_heads: int,
     num_kv_heads: int,
     q_norm: Tensor | None = None,
@@ -105,7 +105,7 @@ def rope_and_cache_reference(
     interleaved: bool = False,
 ) -> Tensor:
     """The same in plain torch, in the dtype of its inputs (float64 for tests)."""
-    _, _, block_tokens, head_dim = k_cache.shape
+    _, _, block_tokens, head_dim = cache.keys.shape
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], 1)
     if q_norm is not None and k_norm is not None:
@@ -120,8 +120,8 @@ def rope_and_cache_reference(
         return torch.cat([rotated, rest], -1)
 
     blocks, offsets = slots // block_tokens, slots % block_tokens
-    k_cache[blocks, :, offsets] = rotate(k)
-    v_cache[blocks, :, offsets] = v
+    cache.keys[blocks, :, offsets] = rotate(k)
+    cache.values[blocks, :, offsets] = v
     return rotate(q)
 
 
@@ -130,29 +130,20 @@ def _check(
     cos_sin: Tensor,
     positions: Tensor,
     slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KvPlanes,
     num_heads: int,
     num_kv_heads: int,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
 ) -> None:
-    dtype, tokens, head_dim = qkv.dtype, qkv.shape[0], k_cache.shape[3]
-    if dtype not in _DTYPES or k_cache.dtype != dtype or v_cache.dtype != dtype:
-        raise ValueError(
-            f"qkv, k_cache and v_cache must share float32 or bfloat16, got {dtype}, {k_cache.dtype}, {v_cache.dtype}"
-        )
-    if head_dim % 8 or k_cache.shape != v_cache.shape or k_cache.shape[1] != num_kv_heads:
-        raise ValueError(
-            f"caches must be [blocks, {num_kv_heads}, block_tokens, a multiple of 8], "
-            f"got {list(k_cache.shape)} and {list(v_cache.shape)}"
-        )
+    cache.check("qkv", qkv)
+    dtype, tokens, head_dim = qkv.dtype, qkv.shape[0], cache.keys.shape[3]
+    if cache.keys.shape[1] != num_kv_heads:
+        raise ValueError(f"keys and values must have {num_kv_heads} heads, got {list(cache.keys.shape)}")
     if qkv.shape != (tokens, (num_heads + 2 * num_kv_heads) * head_dim) or not qkv.is_contiguous():
         raise ValueError(
             f"qkv must be contiguous [tokens, ({num_heads} + 2 * {num_kv_heads}) * {head_dim}], got {list(qkv.shape)}"
         )
-    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
-        raise ValueError("the last dimension of k_cache and v_cache must be contiguous")
     rotary = cos_sin.shape[1]
     if cos_sin.dtype != torch.float32 or rotary % 2 or rotary > head_dim or not cos_sin.is_contiguous():
         raise ValueError(

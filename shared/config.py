@@ -35,6 +35,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 QuantizationMode = Literal["none", "int8", "int4"]
+KvDtype = Literal["auto", "float32", "bfloat16", "int8", "fp8"]
 Targets = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
@@ -81,6 +82,10 @@ class PrefillConfig(Section):
     num_blocks: Positive | None = Field(
         default=None, description="size of the KV pool in blocks, instead of kv_memory_mib"
     )
+    kv_dtype: KvDtype | None = Field(default=None, description="kv_dtype of these workers; default: the common one")
+    block_tokens: Positive | None = Field(
+        default=None, description="block_tokens of these workers; default: the common one"
+    )
     chunk_tokens: Positive = Field(default=512, description="tokens of one prompt computed in one step at most")
     batch_tokens: Positive = Field(default=512, description="tokens of all prompts computed in one step at most")
     max_running: Positive = Field(default=64, description="prompts that hold blocks at once")
@@ -98,6 +103,10 @@ class DecodeConfig(Section):
     kv_memory_mib: Positive = Field(default=512, description="size of the KV pool, MiB")
     num_blocks: Positive | None = Field(
         default=None, description="size of the KV pool in blocks, instead of kv_memory_mib"
+    )
+    kv_dtype: KvDtype | None = Field(default=None, description="kv_dtype of these workers; default: the common one")
+    block_tokens: Positive | None = Field(
+        default=None, description="block_tokens of these workers; default: the common one"
     )
     max_running: Positive = Field(default=64, description="sequences in one step at most")
     max_waiting: int = Field(
@@ -190,6 +199,10 @@ class TandemConfig(BaseSettings):
         default="none", description="integers that the linears' weights are kept as; int4 in groups of 32"
     )
     block_tokens: Positive = Field(default=16, description="tokens in a KV block, a power of two")
+    kv_dtype: KvDtype = Field(
+        default="auto",
+        description="what keys and values are kept as; auto = as dtype; int8 and fp8 take half the memory of bfloat16",
+    )
     max_context: Positive | None = Field(
         default=None, description="tokens of prompt and output; default: the model's own"
     )
@@ -211,14 +224,35 @@ class TandemConfig(BaseSettings):
     up: UpConfig = UpConfig()
 
     @property
+    def weights_dtype(self) -> str:
+        """What weights and activations are."""
+        return "bfloat16" if self.dtype == "auto" else self.dtype
+
+    def kv_dtype_of(self, section: PrefillConfig | DecodeConfig) -> str:
+        """What a role keeps keys and values as."""
+        dtype = section.kv_dtype or self.kv_dtype
+        return self.weights_dtype if dtype == "auto" else dtype
+
+    def block_tokens_of(self, section: PrefillConfig | DecodeConfig) -> int:
+        """Tokens in a KV block of a role."""
+        return section.block_tokens or self.block_tokens
+
+    @property
     def model_name(self) -> str:
         """The name that clients use."""
         return self.served_name or Path(self.model).name.removesuffix(".gguf")
 
     @model_validator(mode="after")
     def _contradictions(self) -> TandemConfig:
-        if self.block_tokens & (self.block_tokens - 1):
-            raise ValueError(f"block_tokens: {self.block_tokens} is not a power of two; use 16, 32, 64 or 128")
+        for level, section in (("", self), ("prefill.", self.prefill), ("decode.", self.decode)):
+            tokens = section.block_tokens
+            if tokens is not None and tokens & (tokens - 1):
+                raise ValueError(f"{level}block_tokens: {tokens} is not a power of two; use 16, 32, 64 or 128")
+            if section.kv_dtype in ("float32", "bfloat16") and section.kv_dtype != self.weights_dtype:
+                raise ValueError(
+                    f"{level}kv_dtype: {section.kv_dtype}, and dtype is {self.weights_dtype}: keys and values that are "
+                    "not int8 or fp8 are kept as they are computed; use auto, or change one of the two"
+                )
         if self.transport.require in self.transport.disable:
             raise ValueError(
                 f"transport.require: {self.transport.require} is also in transport.disable; remove it from one of them"

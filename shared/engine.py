@@ -23,17 +23,16 @@ from shared.batch import NULL_BLOCK, BatchEntry, RaggedBatch, build_batch
 from shared.checkpoint import open_checkpoint
 from shared.config import ConfigError, DecodeConfig, PrefillConfig, QuantizationMode, TandemConfig
 from shared.graphs import GraphRunner, Launch, ReplayRunner
-from shared.kv_cache import DTYPES, KvCache, KvLayout
+from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, read_json
 from shared.models.architecture import Architecture
 from shared.models.decoder import Decoder
-from shared.models.weights import DecoderWeights, load_weights, packing_of
+from shared.models.weights import DTYPES, DecoderWeights, load_weights, packing_of
 from shared.packed_weights import MIN_BYTES, share_packed
 from shared.penalties import SampleRow
 from shared.policies.table import architecture_of
 from shared.workspace import Workspace
 
-DEFAULT_DTYPE = "bfloat16"
 # Prompts that between them take every tile of kernels/cuda/linear.py, ranges side by side and in turn.
 _CUDA_LENGTHS = (16, 64, 128, 512, 1024, 4096)
 
@@ -44,6 +43,7 @@ class EnginePlan:
 
     files: ModelFiles
     architecture: Architecture
+    dtype: str  # of weights and activations, a key of DTYPES; keys and values may be kept in another
     layout: KvLayout
     quantization: QuantizationMode
     device: str
@@ -60,8 +60,12 @@ class EnginePlan:
     def of(cls, config: TandemConfig, section: PrefillConfig | DecodeConfig, files: ModelFiles) -> EnginePlan:
         """section: of the role. Raises ModelError for a model that cannot be served, ConfigError for limits."""
         architecture = architecture_of(files.config)
-        dtype = DEFAULT_DTYPE if config.dtype == "auto" else config.dtype
-        layout = KvLayout.of(architecture, files.digest_as(config.quantization), dtype, config.block_tokens)
+        layout = KvLayout.of(
+            architecture,
+            files.digest_as(config.quantization),
+            config.kv_dtype_of(section),
+            config.block_tokens_of(section),
+        )
         max_context = config.max_context or architecture.max_context
         if max_context > architecture.max_context:
             raise ConfigError(f"max_context: {max_context} exceeds the model's own, {architecture.max_context}")
@@ -73,6 +77,7 @@ class EnginePlan:
         return cls(
             files=files,
             architecture=architecture,
+            dtype=config.weights_dtype,
             layout=layout,
             quantization=config.quantization,
             device=_device(config.device),
@@ -211,7 +216,7 @@ def _device(wanted: str) -> str:
 
 def _load_weights(plan: EnginePlan) -> DecoderWeights:
     """On a CPU from the file that the workers of this host share, made on first use. Raises CheckpointError."""
-    dtype = DTYPES[plan.layout.dtype]
+    dtype = DTYPES[plan.dtype]
 
     def load() -> DecoderWeights:
         checkpoint = open_checkpoint(plan.files, allow_pickle=plan.allow_pickle)
@@ -223,7 +228,7 @@ def _load_weights(plan: EnginePlan) -> DecoderWeights:
     if num_bytes < MIN_BYTES or plan.device != "cpu":
         weights = load()
     else:
-        parts = (plan.layout.model_digest, plan.layout.dtype, packing_of(plan.quantization, dtype))
+        parts = (plan.layout.model_digest, plan.dtype, packing_of(plan.quantization, dtype))
         tensors = share_packed(parts, lambda: load().tensors())
         weights = DecoderWeights.from_tensors(plan.architecture, tensors)
     weights.probe()

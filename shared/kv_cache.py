@@ -9,21 +9,21 @@ from mmap import mmap
 import torch
 from torch import Tensor
 
-from kernels.kv_format import KvFormat
+from kernels.kv_format import KvFormat, KvPlanes
 from shared.models.architecture import Architecture
 from shared.transport.block_copy import runs
 
 # Raised whenever the bytes of a block come to mean something else.
 CONTRACT_VERSION = 2
 ORDER = "block,layer,kv,head,token,dim"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class KvLayout:
     """What the bytes of one block mean. Two workers may hand blocks over only if all of it is equal.
 
-    `dtype` is a key of DTYPES; `order` names the axes of the pool from slowest to fastest (kv: 0 keys, 1 values).
+    `dtype` is a key of kernels.kv_format.ELEMENTS; `order` names the axes of the pool from slowest to fastest (kv: 0
+    keys, 1 values). The pool holds `num_kv_heads` of the model's key/value heads, from `first_kv_head` on.
     """
 
     model_digest: str
@@ -42,9 +42,7 @@ class KvLayout:
 
     @classmethod
     def of(cls, architecture: Architecture, model_digest: str, dtype: str, block_tokens: int) -> "KvLayout":
-        """The layout of a model's cache. ValueError for a dtype the cache cannot hold."""
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        """The layout of a model's cache."""
         return cls(
             model_digest=model_digest,
             dtype=dtype,
@@ -65,10 +63,6 @@ class KvLayout:
         return KvFormat(self.dtype, self.num_layers, self.num_kv_heads, self.head_dim, self.block_tokens)
 
     @property
-    def block_shape(self) -> tuple[int, ...]:
-        return (self.num_layers, 2, self.num_kv_heads, self.block_tokens, self.head_dim)
-
-    @property
     def block_bytes(self) -> int:
         return self.format.block_bytes
 
@@ -81,7 +75,7 @@ class KvLayout:
 class KvCache:
     """`num_blocks` blocks in one allocation; block 0 is the null block.
 
-    `pool` is (num_blocks, num_layers, 2, num_kv_heads, block_tokens, head_dim), so a block is one range of bytes.
+    `pool` is uint8 [num_blocks, block_bytes]; kernels/kv_format.py says what lies where in a block.
 
     On a CPU the pool lies in `buffer`, where other workers copy from and to. On CUDA it has memory of the device, and
     the buffer has a block's bytes while it is handed over: `publish` puts them there, `adopt` takes them from there.
@@ -103,33 +97,33 @@ class KvCache:
         """
         self.layout = layout
         self.num_blocks = num_blocks
-        shape, dtype = (num_blocks, *layout.block_shape), DTYPES[layout.dtype]
+        form = layout.format
+        shape = (num_blocks, form.block_bytes)
         shared = None
         if buffer is not None:
             num_bytes = memoryview(buffer).nbytes
-            if num_bytes != num_blocks * layout.block_bytes:
+            if num_bytes != num_blocks * form.block_bytes:
                 raise ValueError(
-                    f"a pool of {num_blocks} blocks of {layout.block_bytes} bytes cannot lie in {num_bytes} bytes"
+                    f"a pool of {num_blocks} blocks of {form.block_bytes} bytes cannot lie in {num_bytes} bytes"
                 )
-            shared = torch.frombuffer(buffer, dtype=dtype).view(shape)
+            shared = torch.frombuffer(buffer, dtype=torch.uint8).view(shape)
         if staged is None:
             staged = torch.device(device).type != "cpu"
         self._staging = shared if staged else None
-        self.pool = torch.zeros(shape, dtype=dtype, device=device) if staged or shared is None else shared
-        self._layers = [(self.pool[:, layer, 0], self.pool[:, layer, 1]) for layer in range(layout.num_layers)]
-        self._bytes = self.pool.view(torch.uint8).view(num_blocks, layout.block_bytes)
+        self.pool = torch.zeros(shape, dtype=torch.uint8, device=device) if staged or shared is None else shared
+        self._layers = [form.planes(self.pool, layer) for layer in range(layout.num_layers)]
 
     @property
     def block_bytes(self) -> int:
         return self.layout.block_bytes
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer: strided views, each (num_blocks, num_kv_heads, block_tokens, head_dim)."""
+    def layer(self, index: int) -> KvPlanes:
+        """Keys and values of a layer, as views."""
         return self._layers[index]
 
     def block(self, index: int) -> Tensor:
         """The bytes of a block: uint8 [block_bytes], a view. IndexError for a block that is not in the pool."""
-        return self._bytes[index]
+        return self.pool[index]
 
     def publish(self, blocks: Sequence[int]) -> None:
         """Puts the blocks' content where other workers copy it from."""
@@ -147,4 +141,4 @@ class KvCache:
         """Lets go of the pool's memory, which is given back with the last view of it."""
         self._layers.clear()
         self._staging = None
-        self.pool = self._bytes = torch.empty(0)
+        self.pool = torch.empty(0, dtype=torch.uint8)

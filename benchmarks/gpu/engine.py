@@ -116,7 +116,7 @@ def _open(plan: EnginePlan, weights: DecoderWeights) -> Iterator[Engine]:
     """Keys and values that are no zeros: a device multiplies those faster."""
     engine = Engine(plan, weights=weights)
     try:
-        engine.kv.pool.normal_()
+        plan.layout.format.elements(engine.kv.pool).normal_()
         yield engine
     finally:
         engine.close()

@@ -22,6 +22,7 @@ from benchmarks.gpu.shapes import Config, Sizes, device
 from benchmarks.gpu.timing import Call, call_s, copies_of
 from kernels.activation import gated_silu
 from kernels.attention import attention_workspace, paged_attention
+from kernels.kv_format import KvPlanes
 from kernels.linear import LinearWeight, linear
 from kernels.quantization import Quantization
 from kernels.rms_norm import add_rms_norm
@@ -187,7 +188,7 @@ def _attention(model: Config, sizes: Sizes, sequences: int, queries: int, tokens
 
     def call(layer: int) -> Tensor:
         return paged_attention(
-            q, pool[:, layer, 0], pool[:, layer, 1], starts, lengths, tables, head_dim**-0.5,
+            q, KvPlanes(pool[:, layer, 0], pool[:, layer, 1]), starts, lengths, tables, head_dim**-0.5,
             max_query_len=queries, workspace=workspace, out=out,
         )  # fmt: skip
 
@@ -229,8 +230,8 @@ def _rope(model: Config, sizes: Sizes, rows: int, copies: int) -> list[Call]:
         qkv = _normal(rows, (heads + 2 * kv_heads) * head_dim)
         pool = _normal(blocks, 2, kv_heads, sizes.block_tokens, head_dim)
         out = torch.empty(rows, heads, head_dim, dtype=qkv.dtype, device=device())
-        caches = pool[:, 0], pool[:, 1]
-        return partial(rope_and_cache, qkv, cos_sin, positions, slots, *caches, heads, kv_heads, out=out)
+        cache = KvPlanes(pool[:, 0], pool[:, 1])
+        return partial(rope_and_cache, qkv, cos_sin, positions, slots, cache, heads, kv_heads, out=out)
 
     return [make() for _ in range(copies)]
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from kernels.attention import SPLIT_TOKENS
 from kernels.cuda.tile import dot, launch, narrow
 from kernels.cuda.variant import Variant
+from kernels.kv_format import KvPlanes
 
 _SPLIT = tl.constexpr(SPLIT_TOKENS)
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -219,8 +220,7 @@ def _reduce(
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KvPlanes,
     cu_seqlens: Tensor,
     context_lens: Tensor,
     block_tables: Tensor,
@@ -233,15 +233,15 @@ def paged_attention(
 ) -> None:
     """With a workspace: of one query token a sequence at most. Without: of any number."""
     tokens, num_heads, head_dim = q.shape
-    num_blocks, num_kv_heads, block_tokens, _ = k_cache.shape
+    num_blocks, num_kv_heads, block_tokens, _ = cache.keys.shape
     seqs, max_blocks = block_tables.shape
     group, width, window = num_heads // num_kv_heads, _width(head_dim), sliding_window or 0
     tiles = _tiles(_capability(q), q.dtype, width, decode=workspace is not None)
     # scores are exponents of 2; before a cap they are those of its tanh
     scale, cap = (2 * scale / soft_cap, soft_cap) if soft_cap else (scale, 0.0)
     arguments = (
-        q, k_cache, v_cache, cu_seqlens, context_lens, block_tables, alibi_slopes, tokens, max_blocks,
-        block_tables.stride(0), num_blocks, *k_cache.stride()[:3], *v_cache.stride()[:3],
+        q, cache.keys, cache.values, cu_seqlens, context_lens, block_tables, alibi_slopes, tokens, max_blocks,
+        block_tables.stride(0), num_blocks, *cache.keys.stride()[:3], *cache.values.stride()[:3],
         scale * _LOG2_E.value, cap * _LOG2_E.value, window,
     )  # fmt: skip
     shapes = {"HEAD_DIM": head_dim, "BLOCK_TOKENS": block_tokens, "WIDTH": width, "WINDOWED": bool(window)}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.cuda.tile import launch, narrow
 from kernels.cuda.variant import Variant
+from kernels.kv_format import KvPlanes
 
 _GROUP = 4  # heads of a program; what a head is computed with does not depend on its neighbours there
 
@@ -94,8 +95,7 @@ def rope_and_cache(
     cos_sin: Tensor,
     positions: Tensor,
     slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KvPlanes,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
@@ -104,12 +104,12 @@ def rope_and_cache(
 ) -> None:
     """out: q."""
     tokens, num_heads, head_dim = out.shape
-    num_blocks, num_kv_heads, block_tokens, _ = k_cache.shape
+    num_blocks, num_kv_heads, block_tokens, _ = cache.keys.shape
     max_positions, rotary = cos_sin.shape
     constants = _constants(num_heads, num_kv_heads, head_dim, rotary, block_tokens, interleaved, q_norm is not None)
     arguments = (
-        qkv, cos_sin, positions, slots, out, k_cache, v_cache, q_norm, k_norm,
-        *k_cache.stride()[:3], *v_cache.stride()[:3], max_positions, num_blocks, eps,
+        qkv, cos_sin, positions, slots, out, cache.keys, cache.values, q_norm, k_norm,
+        *cache.keys.stride()[:3], *cache.values.stride()[:3], max_positions, num_blocks, eps,
     )  # fmt: skip
     groups = triton.cdiv(num_heads, _GROUP) + 2 * triton.cdiv(num_kv_heads, _GROUP)
     launch(_rope_and_cache, (tokens, groups), *arguments, **constants, num_warps=_num_warps(head_dim))

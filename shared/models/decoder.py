@@ -98,14 +98,13 @@ class Decoder:
     ) -> Tensor:
         """Normed hidden states [tokens, hidden] → attended values [tokens, heads * head_dim]."""
         a, rows = self.architecture, batch.num_tokens
-        keys, values = kv.layer(index)
+        cache = kv.layer(index)
         q = rope_and_cache(
             self._linear(x, layer.qkv, take("qkv", rows, a.qkv_size)),
             self._cos_sin,
             batch.positions,
             batch.slots,
-            keys,
-            values,
+            cache,
             a.num_heads,
             a.num_kv_heads,
             layer.q_norm,
@@ -115,8 +114,7 @@ class Decoder:
         )
         return paged_attention(
             q,
-            keys,
-            values,
+            cache,
             batch.cu_seqlens,
             batch.context_lens,
             batch.block_tables,

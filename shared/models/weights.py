@@ -14,6 +14,8 @@ from shared.config import QuantizationMode
 from shared.models.architecture import Architecture
 from shared.policies.table import POLICIES
 
+# what weights and activations may be
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Left over in old checkpoints: frequencies, which the config gives.
 _IGNORED = (r".*rotary_emb\.inv_freq",)
 # Input features that share a scale and an offset, as in GGUF's Q4_1, of which the default model's file is made. Groups

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention_workspace, paged_attention, paged_attention_reference
+from kernels.kv_format import KvPlanes
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
@@ -20,8 +21,7 @@ class Case:
 
     queries: list[Tensor]  # per sequence [length, heads, head_dim]
     tables: list[list[int]]
-    k_cache: Tensor
-    v_cache: Tensor
+    cache: KvPlanes
     window: int | None
     slopes: Tensor | None = None
     soft_cap: float | None = None
@@ -33,7 +33,7 @@ class Case:
 
         decode: says that none of them is longer than a token.
         """
-        device = self.k_cache.device
+        device = self.cache.keys.device
         queries = [self.queries[s][begin:end] for s, begin, end in spans]
         queries += [torch.zeros_like(self.queries[0][:1])] * padding
         contexts = [end for _, _, end in spans] + [1] * padding
@@ -46,14 +46,14 @@ class Case:
         scale = q.shape[2] ** -0.5
         scores = {"alibi_slopes": self.slopes, "soft_cap": self.soft_cap}
         if reference:
-            q, k_cache, v_cache = q.double(), self.k_cache.double(), self.v_cache.double()
-            return paged_attention_reference(q, k_cache, v_cache, *indices, scale, self.window, **scores)
+            wide = KvPlanes(self.cache.keys.double(), self.cache.values.double())
+            return paged_attention_reference(q.double(), wide, *indices, scale, self.window, **scores)
         out = torch.full((len(q), q.shape[1] * q.shape[2]), torch.nan, dtype=q.dtype, device=device)
         more = scores | {"max_query_len": 1 if decode else None, "out": out}
         if decode:  # poisoned, and longer than it has to be
-            size = attention_workspace(len(contexts), q.shape[1], q.shape[2], width * self.k_cache.shape[2])
+            size = attention_workspace(len(contexts), q.shape[1], q.shape[2], width * self.cache.keys.shape[2])
             more["workspace"] = torch.full((size + 3,), torch.nan, device=device)
-        assert paged_attention(q, self.k_cache, self.v_cache, *indices, scale, self.window, **more) is out
+        assert paged_attention(q, self.cache, *indices, scale, self.window, **more) is out
         return out[: len(q) - padding]
 
     def whole(self, sequence: int = 0) -> Tensor:
@@ -91,20 +91,18 @@ def make_case(
     # [blocks, layers, k and v, kv_heads, block_tokens, head_dim]; what no sequence owns is poison
     pool = torch.full((sum(counts) + 1, 2, 2, kv_heads, block_tokens, head_dim), torch.nan, dtype=dtype)
     pool[0] = 0
-    k_cache, v_cache = pool[:, 1, 0], pool[:, 1, 1]
     for length, table in zip(lengths, tables, strict=True):
-        for cache in (k_cache, v_cache):
+        for plane in (pool[:, 1, 0], pool[:, 1, 1]):
             rows = torch.randn(length, kv_heads, head_dim, generator=generator).to(dtype)
             for i, block in enumerate(table):
                 part = rows[i * block_tokens : (i + 1) * block_tokens]
-                cache[block, :, : len(part)] = part.transpose(0, 1)
+                plane[block, :, : len(part)] = part.transpose(0, 1)
     queries = [(2 * torch.randn(length, heads, head_dim, generator=generator)).to(dtype) for length in lengths]
     pool = pool.to(device)
     return Case(
         [tensor.to(device) for tensor in queries],
         tables,
-        pool[:, 1, 0],
-        pool[:, 1, 1],
+        KvPlanes(pool[:, 1, 0], pool[:, 1, 1]),
         window,
         torch.logspace(-1, -8, heads, base=2).to(device) if slopes else None,
         soft_cap,
@@ -169,7 +167,7 @@ def test_large_scores_neither_overflow_nor_vanish(on: str) -> None:
 
 def test_a_nan_key_reaches_every_row_that_sees_it_and_no_other(on: str) -> None:
     case = make_case([40], heads=2, kv_heads=1, device=on)
-    case.k_cache[case.tables[0][1], :, 4] = torch.nan  # position 20
+    case.cache.keys[case.tables[0][1], :, 4] = torch.nan  # position 20
     out = case.whole()
     assert out[:20].isfinite().all()
     assert out[20:].isnan().all()
@@ -295,7 +293,7 @@ def test_a_soft_cap_bounds_large_scores_and_keeps_a_nan(in_triton: str) -> None:
     case = make_case([40], 2, 1, device=in_triton, soft_cap=30.0)
     case.queries[0] *= 1000
     torch.testing.assert_close(case.whole().double(), case.run([(0, 0, 40)], reference=True), atol=1e-4, rtol=1e-4)
-    case.k_cache[case.tables[0][1], :, 4] = torch.nan  # position 20
+    case.cache.keys[case.tables[0][1], :, 4] = torch.nan  # position 20
     assert case.whole()[:20].isfinite().all()
     assert case.whole()[20:].isnan().all()
 
@@ -305,7 +303,7 @@ def test_nothing_is_read_outside_of_what_is_seen(in_triton: str) -> None:
     case = make_case([300], 2, 1, 64, torch.bfloat16, 20, device=in_triton)
     steps, chunk = case.step(290), case.run([(0, 270, 291)])
     for block in case.tables[0][:15]:  # positions 0 .. 239: handed to somebody else
-        case.v_cache[block] = torch.nan
+        case.cache.values[block] = torch.nan
     case.tables[0][:12] = [-(2**31)] * 12
     case.tables[0] += [2**31 - 1] * 3
     assert torch.equal(case.step(290), steps)
@@ -323,7 +321,7 @@ def test_on_cuda_lengths_that_do_not_fit_leave_everything_else_alone(in_triton: 
         return torch.tensor(values, dtype=torch.int32, device=in_triton)
 
     paged_attention(
-        q, case.k_cache, case.v_cache, integers(0, 1, 2, 2, 9), integers(0, 1000, 7, 8),
+        q, case.cache, integers(0, 1, 2, 2, 9), integers(0, 1000, 7, 8),
         integers(*[case.tables[0]] * 4), 0.125, max_query_len=max_query_len, out=out[:3],
     )  # fmt: skip
     assert (out[0] == 0).all()
@@ -364,7 +362,7 @@ def test_broken_contracts_are_refused() -> None:
 
     def run(**changes: object) -> Tensor:
         arguments = {
-            "q": q, "k_cache": case.k_cache, "v_cache": case.v_cache,
+            "q": q, "cache": case.cache,
             "cu_seqlens": cu_seqlens, "context_lens": context, "block_tables": table, "scale": 0.125,
         }  # fmt: skip
         return paged_attention(**{**arguments, **changes})  # type: ignore[arg-type]
@@ -404,7 +402,7 @@ def test_broken_contracts_of_cuda_alone_are_refused(interpreter: None) -> None:
     with pytest.raises(ValueError, match="multiple of 8 up to 256"):
         make_case([5], 1, 1, 264).whole()
     arguments = (
-        case.queries[0][4:], case.k_cache, case.v_cache, torch.tensor([0, 1], dtype=torch.int32),
+        case.queries[0][4:], case.cache, torch.tensor([0, 1], dtype=torch.int32),
         torch.tensor([5], dtype=torch.int32), torch.tensor(case.tables, dtype=torch.int32), 0.125,
     )  # fmt: skip
     size = attention_workspace(1, 9, 64, 16)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import device
+from kernels.kv_format import KvPlanes
 from kernels.rope import rope_and_cache, rope_and_cache_reference
 
 BLOCK_TOKENS, BLOCKS = 16, 40
@@ -22,9 +23,13 @@ def make_cos_sin(rotary: int, positions: int = 512) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], 1).float()
 
 
-def make_caches(kv_heads: int, head_dim: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
+def make_cache(kv_heads: int, head_dim: int, dtype: torch.dtype, device: str = "cpu") -> KvPlanes:
     pool = torch.full((BLOCKS, 2, 2, kv_heads, BLOCK_TOKENS, head_dim), torch.nan, dtype=dtype, device=device)
-    return pool[:, 1, 0], pool[:, 1, 1]
+    return KvPlanes(pool[:, 1, 0], pool[:, 1, 1])
+
+
+def tensors(cache: KvPlanes) -> list[Tensor]:
+    return [cache.keys, cache.values]
 
 
 @DTYPES
@@ -66,24 +71,24 @@ def test_matches_the_reference(
     if norm_dtype != "none":
         q_norm, k_norm = torch.randn(2, head_dim).to(on, dtype).to(dtype if norm_dtype == "own" else torch.float32)
         wide_q_norm, wide_k_norm = q_norm.double(), k_norm.double()
-    k_cache, v_cache = make_caches(kv_heads, head_dim, dtype, on)
+    cache = make_cache(kv_heads, head_dim, dtype, on)
     out = torch.full((tokens, heads, head_dim), torch.nan, dtype=dtype, device=on)
     q = rope_and_cache(
-        qkv, cos_sin, positions, slots, k_cache, v_cache, heads, kv_heads, q_norm, k_norm, 1e-6,
+        qkv, cos_sin, positions, slots, cache, heads, kv_heads, q_norm, k_norm, 1e-6,
         interleaved=interleaved, out=out,
     )  # fmt: skip
     assert q is out
 
-    wide_k, wide_v = make_caches(kv_heads, head_dim, torch.float64, on)
+    wide = make_cache(kv_heads, head_dim, torch.float64, on)
     expected = rope_and_cache_reference(
-        qkv.double(), cos_sin.double(), positions, slots, wide_k, wide_v, heads, kv_heads, wide_q_norm, wide_k_norm,
-        1e-6, interleaved=interleaved,
+        qkv.double(), cos_sin.double(), positions, slots, wide, heads, kv_heads, wide_q_norm, wide_k_norm, 1e-6,
+        interleaved=interleaved,
     )  # fmt: skip
     tolerance = 2e-6 if dtype == torch.float32 else 8e-3
     torch.testing.assert_close(q.double(), expected, atol=tolerance, rtol=tolerance)
     # equal_nan: every other slot still holds its poison
-    torch.testing.assert_close(k_cache.double(), wide_k, atol=tolerance, rtol=tolerance, equal_nan=True)
-    torch.testing.assert_close(v_cache.double(), wide_v, atol=0, rtol=0, equal_nan=True)
+    torch.testing.assert_close(cache.keys.double(), wide.keys, atol=tolerance, rtol=tolerance, equal_nan=True)
+    torch.testing.assert_close(cache.values.double(), wide.values, atol=0, rtol=0, equal_nan=True)
 
 
 def test_interleaved_is_rotate_half_of_reordered_dimensions(on: str) -> None:
@@ -91,25 +96,24 @@ def test_interleaved_is_rotate_half_of_reordered_dimensions(on: str) -> None:
     order = torch.cat([torch.arange(0, rotary, 2), torch.arange(1, rotary, 2), torch.arange(rotary, head_dim)])
     qkv, cos_sin = torch.randn(3, 3, head_dim).to(on), make_cos_sin(rotary).to(on)
     positions, slots = torch.tensor([5, 0, 99], dtype=torch.int32).to(on), torch.tensor([16, 17, 90]).to(on)
-    caches, reordered = make_caches(1, head_dim, torch.float32, on), make_caches(1, head_dim, torch.float32, on)
-    q = rope_and_cache(qkv.flatten(1), cos_sin, positions, slots, *caches, 1, 1, interleaved=True)
-    halves = rope_and_cache(qkv[..., order].flatten(1), cos_sin, positions, slots, *reordered, 1, 1)
+    cache, reordered = make_cache(1, head_dim, torch.float32, on), make_cache(1, head_dim, torch.float32, on)
+    q = rope_and_cache(qkv.flatten(1), cos_sin, positions, slots, cache, 1, 1, interleaved=True)
+    halves = rope_and_cache(qkv[..., order].flatten(1), cos_sin, positions, slots, reordered, 1, 1)
     assert torch.equal(q[..., order], halves)
-    assert torch.equal(caches[0][..., order].nan_to_num(), reordered[0].nan_to_num())
+    assert torch.equal(cache.keys[..., order].nan_to_num(), reordered.keys.nan_to_num())
 
 
 def test_caches_may_have_strides_of_their_own(on: str) -> None:
     torch.manual_seed(1)
     # tokens before heads in one, padded heads in the other
-    k_cache = torch.full((6, 4, 3, 16), torch.nan, device=on).transpose(1, 2)
-    v_cache = torch.full((6, 4, 4, 40), torch.nan, device=on)[:, 1:, :, 8:24]
-    plain = [torch.full((6, 3, 4, 16), torch.nan, device=on) for _ in "kv"]
+    keys = torch.full((6, 4, 3, 16), torch.nan, device=on).transpose(1, 2)
+    values = torch.full((6, 4, 4, 40), torch.nan, device=on)[:, 1:, :, 8:24]
+    cache, dense = KvPlanes(keys, values), KvPlanes(*(torch.full((6, 3, 4, 16), torch.nan, device=on) for _ in "kv"))
     qkv, cos_sin = torch.randn(5, 11 * 16).to(on), make_cos_sin(16).to(on)
     positions, slots = torch.arange(5, dtype=torch.int32).to(on), torch.tensor([23, 4, 5, 0, 13]).to(on)
-    q = rope_and_cache(qkv, cos_sin, positions, slots, k_cache, v_cache, 5, 3)
-    assert torch.equal(q, rope_and_cache(qkv, cos_sin, positions, slots, *plain, 5, 3))
-    for cache, other in ((k_cache, plain[0]), (v_cache, plain[1])):
-        torch.testing.assert_close(cache, other, atol=0, rtol=0, equal_nan=True)
+    q = rope_and_cache(qkv, cos_sin, positions, slots, cache, 5, 3)
+    assert torch.equal(q, rope_and_cache(qkv, cos_sin, positions, slots, dense, 5, 3))
+    torch.testing.assert_close(tensors(cache), tensors(dense), atol=0, rtol=0, equal_nan=True)
 
 
 @TRITON
@@ -118,14 +122,13 @@ def test_triton_leaves_a_token_out_of_range_out(on: str, position: int, slot: in
     qkv, cos_sin = torch.randn(3, 4 * 16).to(on), make_cos_sin(16).to(on)
     positions = torch.tensor([7, position, 9], dtype=torch.int32).to(on)
     slots = torch.tensor([16, slot, 33]).to(on)
-    caches = make_caches(1, 16, torch.float32, on)
+    cache = make_cache(1, 16, torch.float32, on)
     out = torch.full((3, 2, 16), torch.nan, device=on)
-    rope_and_cache(qkv, cos_sin, positions, slots, *caches, 2, 1, out=out)
+    rope_and_cache(qkv, cos_sin, positions, slots, cache, 2, 1, out=out)
     assert out[1].isnan().all()
-    kept, others = torch.tensor([0, 2]).to(on), make_caches(1, 16, torch.float32, on)
-    assert torch.equal(out[kept], rope_and_cache(qkv[kept], cos_sin, positions[kept], slots[kept], *others, 2, 1))
-    for cache, other in zip(caches, others, strict=True):
-        torch.testing.assert_close(cache, other, atol=0, rtol=0, equal_nan=True)
+    kept, other = torch.tensor([0, 2]).to(on), make_cache(1, 16, torch.float32, on)
+    assert torch.equal(out[kept], rope_and_cache(qkv[kept], cos_sin, positions[kept], slots[kept], other, 2, 1))
+    torch.testing.assert_close(tensors(cache), tensors(other), atol=0, rtol=0, equal_nan=True)
 
 
 @DTYPES
@@ -137,10 +140,10 @@ def test_a_token_keeps_its_bits_among_others(on: str, dtype: torch.dtype) -> Non
     norms = torch.randn(2, head_dim).to(on, dtype)
     results = []
     for chunk in (tokens, 1, 3):
-        caches = make_caches(3, head_dim, dtype, on)
+        cache = make_cache(3, head_dim, dtype, on)
         cuts = [slice(i, i + chunk) for i in range(0, tokens, chunk)]
-        q = [rope_and_cache(qkv[c], cos_sin, positions[c], slots[c], *caches, 9, 3, *norms) for c in cuts]
-        results.append((torch.cat(q), *(cache.nan_to_num() for cache in caches)))
+        q = [rope_and_cache(qkv[c], cos_sin, positions[c], slots[c], cache, 9, 3, *norms) for c in cuts]
+        results.append((torch.cat(q), *(tensor.nan_to_num() for tensor in tensors(cache))))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
@@ -153,20 +156,18 @@ def test_a_token_keeps_its_bits_among_others_and_on_any_number_of_threads(dtype:
     positions, slots = torch.arange(tokens, dtype=torch.int32), torch.randperm(BLOCKS * BLOCK_TOKENS)[:tokens]
     norms = torch.randn(2, head_dim).to(dtype)
 
-    def run(begin: int, end: int, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def run(begin: int, end: int, cache: KvPlanes) -> Tensor:
         rows = slice(begin, end)
-        return rope_and_cache(
-            qkv[rows], cos_sin, positions[rows], slots[rows], k_cache, v_cache, heads, kv_heads, norms[0], norms[1]
-        )
+        return rope_and_cache(qkv[rows], cos_sin, positions[rows], slots[rows], cache, heads, kv_heads, *norms)
 
     before = torch.get_num_threads()
     results = []
     try:
         for threads, chunk in ((1, 128), (2, 128), (1, 1), (1, 7), (2, 64)):
             torch.set_num_threads(threads)
-            caches = make_caches(kv_heads, head_dim, dtype)
-            q = torch.cat([run(i, min(i + chunk, tokens), *caches) for i in range(0, tokens, chunk)])
-            results.append((q, *(cache.nan_to_num() for cache in caches)))
+            cache = make_cache(kv_heads, head_dim, dtype)
+            q = torch.cat([run(i, min(i + chunk, tokens), cache) for i in range(0, tokens, chunk)])
+            results.append((q, *(tensor.nan_to_num() for tensor in tensors(cache))))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -174,24 +175,24 @@ def test_a_token_keeps_its_bits_among_others_and_on_any_number_of_threads(dtype:
 
 
 def test_padding_rows_only_touch_the_null_block() -> None:
-    k_cache, v_cache = make_caches(1, 8, torch.float32)
+    cache = make_cache(1, 8, torch.float32)
     rope_and_cache(
         torch.zeros(4, 24), make_cos_sin(8), torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int64),
-        k_cache, v_cache, 1, 1,
+        cache, 1, 1,
     )  # fmt: skip
-    assert k_cache[1:].isnan().all()
-    assert v_cache[1:].isnan().all()
+    assert cache.keys[1:].isnan().all()
+    assert cache.values[1:].isnan().all()
 
 
 def test_broken_contracts_are_refused() -> None:
-    k_cache, v_cache = make_caches(1, 8, torch.float32)
+    cache = make_cache(1, 8, torch.float32)
     arguments = {
         "qkv": torch.zeros(2, 24), "cos_sin": make_cos_sin(8), "positions": torch.zeros(2, dtype=torch.int32),
-        "slots": torch.tensor([16, 17]), "k_cache": k_cache, "v_cache": v_cache, "num_heads": 1, "num_kv_heads": 1,
+        "slots": torch.tensor([16, 17]), "cache": cache, "num_heads": 1, "num_kv_heads": 1,
     }  # fmt: skip
     for error, message, change in (
         (ValueError, "qkv must be contiguous", {"num_heads": 2}),
-        (ValueError, "caches must be", {"num_kv_heads": 2}),
+        (ValueError, "must have 2 heads", {"num_kv_heads": 2}),
         (ValueError, "share float32 or bfloat16", {"qkv": torch.zeros(2, 24).bfloat16()}),
         (ValueError, "cos_sin must be", {"cos_sin": make_cos_sin(8).double()}),
         (ValueError, "positions must be", {"positions": torch.zeros(2, dtype=torch.int64)}),
@@ -203,5 +204,5 @@ def test_broken_contracts_are_refused() -> None:
     ):
         with pytest.raises(error, match=message):
             rope_and_cache(**{**arguments, **change})  # type: ignore[arg-type]
-    assert k_cache.isnan().all()
-    assert v_cache.isnan().all()
+    assert cache.keys.isnan().all()
+    assert cache.values.isnan().all()

@@ -66,6 +66,13 @@ def test_a_broken_file_is_named(clean: Path):
         ({"dtype": "float16"}, r"dtype: .*'float32' or 'bfloat16'.*\(got 'float16'\)"),
         ({"quantization": "int3"}, r"quantization: .*'none', 'int8' or 'int4'.*\(got 'int3'\)"),
         ({"block_tokens": 24}, "block_tokens: 24 is not a power of two"),
+        ({"decode": {"block_tokens": 24}}, "decode.block_tokens: 24 is not a power of two"),
+        ({"kv_dtype": "fp6"}, r"kv_dtype: .*'int8' or 'fp8'.*\(got 'fp6'\)"),
+        ({"kv_dtype": "float32"}, "^kv_dtype: float32, and dtype is bfloat16: "),
+        (
+            {"dtype": "float32", "prefill": {"kv_dtype": "bfloat16"}},
+            "prefill.kv_dtype: bfloat16, and dtype is",
+        ),
         ({"prefill": {"chunk_tokens": 600}}, r"prefill.chunk_tokens: 600 exceeds prefill.batch_tokens \(512\)"),
         ({"gateway": {"decode_workers": []}}, "gateway.decode_workers: empty"),
         (
@@ -77,6 +84,15 @@ def test_a_broken_file_is_named(clean: Path):
 def test_what_is_wrong_is_refused_by_name(overrides: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         load_config(overrides=overrides)
+
+
+def test_a_role_has_the_common_blocks_unless_it_says_otherwise():
+    overrides = {"kv_dtype": "int8", "block_tokens": 32, "decode": {"kv_dtype": "auto", "block_tokens": 64}}
+    config = load_config(overrides=overrides)
+    assert (config.kv_dtype_of(config.prefill), config.block_tokens_of(config.prefill)) == ("int8", 32)
+    assert (config.kv_dtype_of(config.decode), config.block_tokens_of(config.decode)) == ("bfloat16", 64)
+    config = load_config(overrides={"dtype": "float32", "kv_dtype": "float32"})
+    assert (config.weights_dtype, config.kv_dtype_of(config.decode)) == ("float32", "float32")
 
 
 def test_every_fault_is_told_at_once():

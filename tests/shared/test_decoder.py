@@ -19,10 +19,10 @@ from kernels.quantization import Quantization
 from shared.batch import NULL_BLOCK, BatchEntry, build_batch
 from shared.checkpoint import CheckpointError, open_checkpoint
 from shared.config import QuantizationMode
-from shared.kv_cache import DTYPES, KvCache, KvLayout
+from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights
 from shared.models.decoder import Decoder
-from shared.models.weights import load_weights
+from shared.models.weights import DTYPES, load_weights
 from shared.policies.table import architecture_of
 from tests.tiny_models import KINDS, smollm2, tiny_model
 
@@ -151,7 +151,7 @@ def test_same_bits_among_neighbours(kind: str, dtype: str) -> None:
     for tokens, table, count in zip(sequences, tables, cached, strict=True):
         if count:
             run(model, kv, BatchEntry(tokens[:count], 0, table, "none"))
-    kv.pool[0] = torch.nan
+    kv.pool[0] = 0xFF  # NaN
     entries = [
         BatchEntry(tokens[count:], count, table, "all")
         for tokens, table, count in zip(sequences, tables, cached, strict=True)

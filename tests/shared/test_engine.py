@@ -60,7 +60,7 @@ def test_what_a_block_held_before_changes_nothing(engine: Engine) -> None:
         return [prompt, steps.clone()]
 
     clean = run()
-    engine.kv.pool.fill_(torch.nan)
+    engine.kv.pool.fill_(0xFF)  # NaN
     assert all(torch.equal(a, b) for a, b in zip(run(), clean, strict=True))
     engine.kv.pool.zero_()
 
@@ -80,7 +80,15 @@ def test_a_plan_says_what_cannot_be_served(tiny_model: MakeModel) -> None:
     with pytest.raises(ConfigError, match="kv_memory_mib"):
         plan(model, decode={"kv_memory_mib": 1}, block_tokens=1 << 20)
     assert plan(model, decode={"num_blocks": 10}).num_blocks == 10
-    assert plan(model, dtype="auto").layout.dtype == "bfloat16"
+    assert (plan(model, dtype="auto").dtype, plan(model, dtype="auto").layout.dtype) == ("bfloat16", "bfloat16")
+
+
+def test_keys_and_values_are_kept_as_the_role_says(tiny_model: MakeModel) -> None:
+    model = tiny_model("llama")
+    plain, quantized = plan(model), plan(model, kv_dtype="int8", decode={"kv_dtype": "fp8", "block_tokens": 32})
+    assert (plain.dtype, plain.layout.dtype, plain.layout.block_tokens) == ("float32", "float32", 16)
+    assert (quantized.dtype, quantized.layout.dtype, quantized.layout.block_tokens) == ("float32", "fp8", 32)
+    assert plain.layout.difference(quantized.layout) == ["dtype", "block_tokens"]
 
 
 def test_workers_of_another_quantization_do_not_agree_and_the_gateway_knows(tiny_model: MakeModel) -> None:

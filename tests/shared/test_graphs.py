@@ -12,10 +12,10 @@ import torch
 from shared.batch import BatchEntry, build_batch
 from shared.checkpoint import open_checkpoint
 from shared.graphs import ReplayRunner
-from shared.kv_cache import DTYPES, KvCache, KvLayout
+from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights, read_json
 from shared.models.decoder import Decoder
-from shared.models.weights import load_weights
+from shared.models.weights import DTYPES, load_weights
 from shared.policies.table import architecture_of
 
 NUM_BLOCKS, BLOCK_TOKENS, MAX_SEQUENCES = 40, 16, 13
@@ -37,7 +37,7 @@ def runs(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> t
     layout = KvLayout.of(architecture, "", dtype, BLOCK_TOKENS)
     caches = KvCache(layout, NUM_BLOCKS), KvCache(layout, NUM_BLOCKS)
     torch.manual_seed(0)
-    caches[0].pool.copy_(torch.randn(caches[0].pool.shape))
+    layout.format.elements(caches[0].pool).normal_()
     caches[1].pool.copy_(caches[0].pool)
     runner = ReplayRunner(
         lambda batch, workspace: decoder.forward(batch, caches[1], workspace),

@@ -51,7 +51,7 @@ async def test_carries_a_cache_of_real_tensors(stack, transport):
     assert layout.block_bytes % CHUNK_BYTES
     memories = [PoolMemory(16 * layout.block_bytes, populate=False) for _ in range(2)]
     source, target = [KvCache(layout, 16, buffer=memory.buffer) for memory in memories]
-    source.pool.copy_(torch.randn(source.pool.shape, generator=torch.Generator().manual_seed(0)))
+    source.pool.random_(generator=torch.Generator().manual_seed(0))
     server = rpc.create_server()
     endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     exporter = Exporter(layout, memories[0], worker_id="p", kv_endpoint=endpoint, config=TransportConfig())
