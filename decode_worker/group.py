@@ -18,11 +18,15 @@ from shared.token_request import TokenRequest
 
 @dataclass(frozen=True)
 class Reserved:
-    """Blocks for the whole history are held; the first `held_tokens` have their KV already."""
+    """Blocks for the whole history are held; the first `held_tokens` have their KV already.
+
+    mark: of the device, before which steps may still use the other blocks.
+    """
 
     blocks: list[int]
     held_tokens: int
     queue_s: float
+    mark: int
 
 
 Finish = Literal["stop", "length"] | None

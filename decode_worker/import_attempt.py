@@ -7,18 +7,17 @@ from collections.abc import Callable
 
 from tandem.v1 import kv_pb2, types_pb2
 
+from decode_worker.group import Reserved
 from shared.transport.importer import CopyResult, Importer
 
 
 class ImportAttempt:
     """Copies extents into a request's blocks until it is told that no more come, or cancelled.
 
-    number: of the attempt. blocks: gives the request's block table, once it has one.
+    number: of the attempt. reserved: the request's blocks, once it has them.
     """
 
-    def __init__(
-        self, number: int, importer: Importer, blocks: asyncio.Future[list[int]], block_tokens: int, held_tokens: int
-    ) -> None:
+    def __init__(self, number: int, importer: Importer, reserved: asyncio.Future[Reserved], held_tokens: int) -> None:
         self.number = number
         self.covered_tokens = held_tokens  # leading tokens that are held or announced
         self.begun = False  # no more extents follow
@@ -26,8 +25,8 @@ class ImportAttempt:
         self.seconds = 0.0
         self.transport = types_pb2.TRANSPORT_UNSPECIFIED
         self._importer = importer
-        self._blocks = blocks
-        self._block_tokens = block_tokens
+        self._reserved = reserved
+        self._held_tokens = held_tokens
         self._extents: asyncio.Queue[kv_pb2.KvExtent | None] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
@@ -36,8 +35,8 @@ class ImportAttempt:
         self._task = asyncio.create_task(self._run(done, failed))
 
     def add(self, extent: kv_pb2.KvExtent) -> None:
-        """The extent's tokens follow on those before."""
-        self.covered_tokens += extent.num_tokens
+        """The extent's tokens follow on those before, some of which it may have too."""
+        self.covered_tokens = extent.first_token + extent.num_tokens
         self._extents.put_nowait(extent)
 
     def finish(self) -> None:
@@ -53,11 +52,11 @@ class ImportAttempt:
 
     async def _run(self, done: Callable[[], None], failed: Callable[[Exception], None]) -> None:
         try:
-            blocks = await asyncio.shield(self._blocks)
+            reserved = await asyncio.shield(self._reserved)
             last: kv_pb2.KvExtent | None = None
             while (extent := await self._extents.get()) is not None:
-                first = extent.first_token // self._block_tokens
-                self._note(await self._importer.copy(extent, blocks[first : first + len(extent.block_ids)]))
+                result = await self._importer.copy(extent, reserved.blocks, self._held_tokens, mark=reserved.mark)
+                self._note(result)
                 last = extent
             if last is not None:
                 # were the export over already, its blocks might have been filled anew under the copy

@@ -6,7 +6,8 @@ running sequence, and beside them a chunk of the prompts that are computed here.
 
 Where the device draws the tokens, a step is launched before those of the step before are known here: what this thread
 does between two steps is done while one computes. A sequence that turns out to have ended is in one step too many,
-whose token nobody looks at. Its blocks may be given away at once: what is written to them next comes after that step.
+whose token nobody looks at. Its blocks may be given away at once: what is written to them next comes after that step,
+which for an import the mark of its reservation says.
 """
 
 from __future__ import annotations
@@ -108,7 +109,6 @@ class DecodeScheduler:
             group.members = [root]
             self._residency.enter(root)
             return
-        self._engine.adopt(sequence.blocks[(group.held_tokens or 0) // self._pool.block_tokens :])
         sequence.num_computed = len(sequence.tokens)
         self._pool.commit(sequence.tokens, sequence.blocks, group.request.cache_salt, sequence.num_known)
         wanted = [(index, token_id) for index, token_id in first_tokens if index not in group.unwanted]
@@ -257,7 +257,8 @@ class DecodeScheduler:
         group.held_tokens = len(cached) * block_tokens
         group.state = State.RESERVED
         self._holding[group] = None
-        self._emit(group, Reserved(list(group.blocks), group.held_tokens, time.monotonic() - group.arrived_s))
+        queue_s, mark = time.monotonic() - group.arrived_s, self._engine.mark()
+        self._emit(group, Reserved(list(group.blocks), group.held_tokens, queue_s, mark))
         return True
 
     def _plan(self) -> tuple[list[Member], list[Part]]:

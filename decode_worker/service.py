@@ -17,6 +17,7 @@ from shared.block_pool import BlockPool
 from shared.engine_thread import EngineThread
 from shared.rpc import handler
 from shared.transport.importer import Importer
+from shared.transport.target import DeviceTarget, HostTarget
 from shared.worker import Site
 
 
@@ -50,9 +51,10 @@ class DecodeRole(decode_pb2_grpc.DecodeServiceServicer):
     async def start(self, server: grpc.aio.Server, thread: EngineThread) -> None:
         site = self._site
         self._thread = thread
+        layout = site.engine.plan.layout
+        self._target = DeviceTarget(layout, site.device) if site.device else HostTarget(layout, site.memory.buffer)
         self._importer = Importer(
-            site.engine.plan.layout,
-            site.memory.buffer,
+            self._target,
             worker_id=site.worker_id,
             config=site.config.transport,
             key=site.config.auth.cluster_key,
@@ -73,6 +75,8 @@ class DecodeRole(decode_pb2_grpc.DecodeServiceServicer):
         if self._ending:
             await asyncio.wait(self._ending)
         await self._importer.close()
+        if isinstance(self._target, DeviceTarget):
+            self._target.close()
 
     @handler
     async def Decode(

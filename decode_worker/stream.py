@@ -42,7 +42,7 @@ class DecodeStream:
         self._attempt: ImportAttempt | None = None
         self._running = False  # the group was told to begin
         self._held_tokens: int | None = None
-        self._blocks: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        self._reserved: asyncio.Future[Reserved] = asyncio.get_running_loop().create_future()
         self._first_tokens: list[tuple[int, int]] | None = None
         self._grace: asyncio.TimerHandle | None = None
 
@@ -99,21 +99,18 @@ class DecodeStream:
         if attempt.begun:
             raise invalid("import_blocks", f"attempt {attempt.number} has begun; no more blocks can follow")
         extent, num_tokens = message.extent, len(self._request.token_ids)
-        if extent.first_token != attempt.covered_tokens:
+        # where the prefill worker's blocks are larger than ours, its first begins with tokens that are held here
+        if extent.first_token > attempt.covered_tokens:
             raise invalid(
                 "import_blocks.extent.first_token",
-                f"tokens up to {attempt.covered_tokens} are there; the next extent starts with that one, "
+                f"tokens up to {attempt.covered_tokens} are there; the next extent starts with that one or before, "
                 f"got {extent.first_token}",
             )
-        if not 0 < extent.num_tokens <= num_tokens - extent.first_token:
+        missing = attempt.covered_tokens - extent.first_token
+        if not missing < extent.num_tokens <= num_tokens - extent.first_token:
             raise invalid(
                 "import_blocks.extent.num_tokens",
-                f"must lie in [1, {num_tokens - extent.first_token}], got {extent.num_tokens}",
-            )
-        if len(extent.block_ids) != -(-extent.num_tokens // self._limits.block_tokens):
-            raise invalid(
-                "import_blocks.extent.block_ids",
-                f"{extent.num_tokens} tokens do not take {len(extent.block_ids)} blocks of {self._limits.block_tokens}",
+                f"must lie in [{missing + 1}, {num_tokens - extent.first_token}], got {extent.num_tokens}",
             )
         attempt.add(extent)
 
@@ -192,9 +189,7 @@ class DecodeStream:
             await self._void()
             if self.outbox.ended:
                 raise stale(f"attempt {current} came to its end before it was voided")
-            self._attempt = ImportAttempt(
-                number, self._importer, self._blocks, self._limits.block_tokens, self._held_tokens
-            )
+            self._attempt = ImportAttempt(number, self._importer, self._reserved, self._held_tokens)
             self._attempt.start(self._imported, self._import_failed)
         return self._attempt
 
@@ -207,7 +202,7 @@ class DecodeStream:
             self._grace.cancel()
         if self._running and self._group is not None:
             self._running = False
-            self._blocks = asyncio.get_running_loop().create_future()
+            self._reserved = asyncio.get_running_loop().create_future()
             self._thread.post(partial(self._scheduler.void, self._group))
 
     def _imported(self) -> None:
@@ -236,12 +231,12 @@ class DecodeStream:
 
     def _receive(self, event: Event) -> None:
         match event:
-            case Reserved(blocks, held_tokens, queue_s):
+            case Reserved(held_tokens=held_tokens, queue_s=queue_s):
                 if self._held_tokens is None:  # the gateway is told once; a voided attempt takes its place again
                     reserved = decode_pb2.Reserved(held_tokens=held_tokens, queue_s=queue_s, worker_id=self._worker_id)
                     self.outbox.put(decode_pb2.DecodeResponse(reserved=reserved))
                 self._held_tokens = held_tokens
-                self._blocks.set_result(blocks)
+                self._reserved.set_result(event)
             case NewTokens(attempt):
                 if self._is_current(attempt):
                     self.outbox.put_tokens(event)

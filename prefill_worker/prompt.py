@@ -18,6 +18,7 @@ class Computed:
     blocks: list[int]
     first_token: int  # position of the first token in the first block
     num_tokens: int
+    mark: int  # of the device, by which their content is there
 
 
 @dataclass(frozen=True)

@@ -196,8 +196,7 @@ class PrefillScheduler:
         end = sequence.num_computed if not sequence.remaining else sequence.num_computed // block_tokens * block_tokens
         if end > first:
             blocks = sequence.blocks[first // block_tokens : -(-end // block_tokens)]
-            self._engine.publish(blocks)
-            self._emit(prompt, Computed(blocks, first, end - first))
+            self._emit(prompt, Computed(blocks, first, end - first, self._engine.mark()))
             prompt.announced_tokens = end
 
     def _fail(self, prompts: list[Prompt], error: RpcError) -> None:

@@ -56,6 +56,7 @@ class PrefillRole(prefill_pb2_grpc.PrefillServiceServicer):
             worker_id=site.worker_id,
             kv_endpoint=site.address,
             config=site.config.transport,
+            device=site.device,
         )
         self._export_ids = (f"{site.worker_id}/{number}" for number in itertools.count())
 
@@ -71,6 +72,7 @@ class PrefillRole(prefill_pb2_grpc.PrefillServiceServicer):
         info.kv_endpoint = self._site.address
 
     async def close(self) -> None:
+        await self._exporter.release()
         self._exporter.close()
 
     @handler
@@ -80,7 +82,9 @@ class PrefillRole(prefill_pb2_grpc.PrefillServiceServicer):
         work = read_token_request(request, self._site.limits)
         self._check_sizes(work, request.skip_tokens)
         events: asyncio.Queue[Event] = asyncio.Queue()
-        prompt = Prompt(Sequence.start(work), request.skip_tokens, events.put_nowait, time.monotonic())
+        # decode's blocks may be smaller than ours
+        skip_tokens = request.skip_tokens // self._site.limits.block_tokens * self._site.limits.block_tokens
+        prompt = Prompt(Sequence.start(work), skip_tokens, events.put_nowait, time.monotonic())
         export_id = next(self._export_ids)
         # what the stream holds, given back last to first when the call is done: an end that comes while a message is
         # being sent would reach a `finally` here only once this generator is collected
@@ -93,9 +97,9 @@ class PrefillRole(prefill_pb2_grpc.PrefillServiceServicer):
         self._thread.post(partial(self.scheduler.submit, prompt))
         while True:
             match await events.get():
-                case Computed(blocks, first_token, num_tokens):
+                case Computed(blocks, first_token, num_tokens, mark):
                     self._exporter.extend(export_id, blocks)
-                    extent = self._exporter.extent(export_id, blocks, first_token, num_tokens)
+                    extent = await self._exporter.extent(export_id, blocks, first_token, num_tokens, mark)
                     yield prefill_pb2.PrefillResponse(extent=extent)
                 case Done() as done:
                     # the stream stays open: its end is what frees the blocks
@@ -111,12 +115,8 @@ class PrefillRole(prefill_pb2_grpc.PrefillServiceServicer):
                 "token_ids",
                 f"{len(work.token_ids)} tokens take {num_blocks} blocks and this worker's pool has {limits.num_blocks}",
             )
-        if skip_tokens % limits.block_tokens or skip_tokens >= len(work.token_ids):
-            raise invalid(
-                "skip_tokens",
-                f"must be a multiple of {limits.block_tokens} below {len(work.token_ids)} (token_ids), "
-                f"got {skip_tokens}",
-            )
+        if skip_tokens >= len(work.token_ids):
+            raise invalid("skip_tokens", f"must lie below {len(work.token_ids)} (token_ids), got {skip_tokens}")
 
     def _first_tokens(self, work: TokenRequest, done: Done) -> prefill_pb2.FirstTokens:
         return prefill_pb2.FirstTokens(

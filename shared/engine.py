@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from mmap import mmap
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -97,19 +96,32 @@ class EnginePlan:
         return self.num_blocks * self.layout.block_bytes
 
 
+class Memory(Protocol):
+    """What a pool lies in: shared/transport/pool_memory.py, or device_pool.py there."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """uint8 [num_bytes], zeros at first."""
+        ...
+
+    def mark(self) -> int: ...
+
+
 class Engine:
     """A loaded model and its pool. One thread at a time; `forward` writes only to the blocks that its entries name."""
 
     def __init__(
-        self, plan: EnginePlan, buffer: memoryview | mmap | None = None, *, weights: DecoderWeights | None = None
+        self, plan: EnginePlan, memory: Memory | None = None, *, weights: DecoderWeights | None = None
     ) -> None:
-        """buffer: where the pool lies, `plan.pool_bytes` long; default: memory of its own.
+        """memory: where the pool lies, on the plan's device; default: memory of its own.
 
         weights: on the plan's device; default: those of the plan's files. Raises CheckpointError.
         """
         self.plan = plan
         self.use_thread()
-        self.kv = KvCache(plan.layout, plan.num_blocks, buffer=buffer, device=plan.device)
+        tensor = None if memory is None else memory.tensor
+        self.kv = KvCache(plan.layout, plan.num_blocks, memory=tensor, device=plan.device)
+        self._memory = memory
         self._decoder = Decoder(plan.architecture, weights or _load_weights(plan), deterministic=plan.deterministic)
         self._in_triton = in_triton("the engine", self.kv.pool)
         self._runner = self._make_runner()
@@ -153,13 +165,12 @@ class Engine:
         for source, target in zip(sources, targets, strict=True):
             self.kv.pool[target].copy_(self.kv.pool[source])
 
-    def publish(self, blocks: Sequence[int]) -> None:
-        """Before blocks are announced to other workers."""
-        self.kv.publish(blocks)
+    def mark(self) -> int:
+        """Marks this moment in what the device was told to compute, for those who read or write the pool beside it.
 
-    def adopt(self, blocks: Sequence[int]) -> None:
-        """Before blocks are read that another worker's were copied to."""
-        self.kv.adopt(blocks)
+        0 where all of it is done already.
+        """
+        return 0 if self._memory is None else self._memory.mark()
 
     @property
     def description(self) -> str:
@@ -173,6 +184,7 @@ class Engine:
         del self._runner, self.launch
         self._decoder.close()
         self.kv.close()
+        self._memory = None
 
     def _ring(self) -> None:
         """Now that the device computes, whoever waits for what the last step brought may have Python's lock.

@@ -2,16 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from mmap import mmap
 
 import torch
 from torch import Tensor
 
 from kernels.kv_format import KvFormat, KvPlanes
 from shared.models.architecture import Architecture
-from shared.transport.block_copy import runs
 
 # Raised whenever the bytes of a block come to mean something else.
 CONTRACT_VERSION = 2
@@ -76,41 +73,26 @@ class KvCache:
     """`num_blocks` blocks in one allocation; block 0 is the null block.
 
     `pool` is uint8 [num_blocks, block_bytes]; kernels/kv_format.py says what lies where in a block.
-
-    On a CPU the pool lies in `buffer`, where other workers copy from and to. On CUDA it has memory of the device, and
-    the buffer has a block's bytes while it is handed over: `publish` puts them there, `adopt` takes them from there.
     """
 
     def __init__(
-        self,
-        layout: KvLayout,
-        num_blocks: int,
-        *,
-        buffer: memoryview | mmap | bytearray | None = None,
-        device: torch.device | str = "cpu",
-        staged: bool | None = None,
+        self, layout: KvLayout, num_blocks: int, *, memory: Tensor | None = None, device: torch.device | str = "cpu"
     ) -> None:
-        """In `buffer` (writable, num_blocks * block_bytes long, and zero at first as fresh shared memory is), or in
-        memory of its own. ValueError if the buffer has another size. staged: default: where the device is no CPU.
+        """In `memory` (uint8 [num_blocks * block_bytes], zero at first as fresh shared memory is), or in memory of its
+        own on the device. ValueError if the memory has another size.
 
         Zeros matter: a row of attention may multiply a slot that nobody wrote by the weight 0, and 0 * NaN is NaN.
         """
         self.layout = layout
         self.num_blocks = num_blocks
         form = layout.format
-        shape = (num_blocks, form.block_bytes)
-        shared = None
-        if buffer is not None:
-            num_bytes = memoryview(buffer).nbytes
-            if num_bytes != num_blocks * form.block_bytes:
-                raise ValueError(
-                    f"a pool of {num_blocks} blocks of {form.block_bytes} bytes cannot lie in {num_bytes} bytes"
-                )
-            shared = torch.frombuffer(buffer, dtype=torch.uint8).view(shape)
-        if staged is None:
-            staged = torch.device(device).type != "cpu"
-        self._staging = shared if staged else None
-        self.pool = torch.zeros(shape, dtype=torch.uint8, device=device) if staged or shared is None else shared
+        if memory is None:
+            memory = torch.zeros(num_blocks * form.block_bytes, dtype=torch.uint8, device=device)
+        elif memory.numel() != num_blocks * form.block_bytes:
+            raise ValueError(
+                f"a pool of {num_blocks} blocks of {form.block_bytes} bytes cannot lie in {memory.numel()} bytes"
+            )
+        self.pool = memory.view(num_blocks, form.block_bytes)
         self._layers = [form.planes(self.pool, layer) for layer in range(layout.num_layers)]
 
     @property
@@ -125,20 +107,7 @@ class KvCache:
         """The bytes of a block: uint8 [block_bytes], a view. IndexError for a block that is not in the pool."""
         return self.pool[index]
 
-    def publish(self, blocks: Sequence[int]) -> None:
-        """Puts the blocks' content where other workers copy it from."""
-        if self._staging is not None:
-            for first, _, count in runs(blocks, blocks):
-                self._staging[first : first + count].copy_(self.pool[first : first + count])
-
-    def adopt(self, blocks: Sequence[int]) -> None:
-        """Takes the blocks' content from where another worker's was copied to."""
-        if self._staging is not None:
-            for first, _, count in runs(blocks, blocks):
-                self.pool[first : first + count].copy_(self._staging[first : first + count])
-
     def close(self) -> None:
         """Lets go of the pool's memory, which is given back with the last view of it."""
         self._layers.clear()
-        self._staging = None
         self.pool = torch.empty(0, dtype=torch.uint8)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import grpc
+import torch
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 
 from shared.arguments import Arguments, die_with_parent
@@ -33,6 +34,8 @@ from shared.model_files import ModelError
 from shared.model_store import ModelStore
 from shared.rpc import Health, RpcError, create_server
 from shared.token_request import Limits
+from shared.transport.cuda import CudaDriver
+from shared.transport.device_pool import DevicePool
 from shared.transport.pool_memory import PoolMemory
 from shared.transport.wire import layout_to_proto
 from shared.worker_service import WorkerService
@@ -70,10 +73,19 @@ class Role(Protocol):
 class Site:
     """Where a role runs: its engine, its address, and what it shares with the services beside it."""
 
-    def __init__(self, config: TandemConfig, engine: Engine, memory: PoolMemory, worker_id: str, address: str) -> None:
+    def __init__(
+        self,
+        config: TandemConfig,
+        engine: Engine,
+        memory: PoolMemory,
+        device: DevicePool | None,
+        worker_id: str,
+        address: str,
+    ) -> None:
         self.config = config
         self.engine = engine
-        self.memory = memory
+        self.memory = memory  # of the pool, or beside a pool on a device
+        self.device = device
         self.worker_id = worker_id
         self.address = address  # host:port at which others reach this worker
         self.board = LoadBoard()
@@ -118,8 +130,9 @@ class WorkerServer:
         port = server.add_insecure_port(f"{_bracketed(section.host)}:{section.port}")
         address = f"{_bracketed(_reachable(section.host))}:{port}"
         try:
-            engine, memory = await asyncio.to_thread(_load_engine, config, section)
-            site = Site(config, engine, memory, f"{type(section).__name__[0].lower()}-{secrets.token_hex(6)}", address)
+            engine, memory, device = await asyncio.to_thread(_load_engine, config, section)
+            worker_id = f"{type(section).__name__[0].lower()}-{secrets.token_hex(6)}"
+            site = Site(config, engine, memory, device, worker_id, address)
             worker = cls(site, create_role(site), server)
             await worker._serve()
         except BaseException:
@@ -148,6 +161,8 @@ class WorkerServer:
         await self._thread.stop()
         self._site.cores.leave()
         self._site.engine.close()
+        if self._site.device is not None:
+            self._site.device.close()
         self._site.memory.close()
 
     async def _serve(self) -> None:
@@ -227,14 +242,21 @@ async def _run(
     return 0
 
 
-def _load_engine(config: TandemConfig, section: PrefillConfig | DecodeConfig) -> tuple[Engine, PoolMemory]:
+def _load_engine(
+    config: TandemConfig, section: PrefillConfig | DecodeConfig
+) -> tuple[Engine, PoolMemory, DevicePool | None]:
     files = ModelStore().resolve(config.model, allow_pickle=config.allow_pickle)
     plan = EnginePlan.of(config, section, files)
-    # beside a pool on a device only what is handed over is ever touched
-    memory = PoolMemory(plan.pool_bytes, populate=plan.device == "cpu")
-    engine = Engine(plan, memory.buffer)
+    on_cpu = plan.device == "cpu"
+    # beside a pool on a device only what cannot be reached there is ever touched
+    memory = PoolMemory(plan.pool_bytes, populate=on_cpu)
+    device = None
+    if not on_cpu:
+        driver = CudaDriver(torch.cuda.current_device())
+        device = DevicePool(driver, plan.pool_bytes, export=config.transport.cuda_export)
+    engine = Engine(plan, device or memory)
     engine.warm_up()
-    return engine, memory
+    return engine, memory, device
 
 
 def _bracketed(host: str) -> str:

@@ -36,7 +36,7 @@ class CudaDriver:
         try:
             from cuda.bindings import driver
         except ImportError as error:
-            raise CudaError("the package cuda-python is not installed") from error
+            raise CudaError("the package cuda-bindings is not installed") from error
         self._driver: Any = driver
         self.ordinal = ordinal
         self._context: Any = None

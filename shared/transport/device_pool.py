@@ -95,7 +95,9 @@ class DevicePool:
             self.driver.destroy_event(done)
 
     def close(self) -> None:
-        """Gives the memory up. The caller sees to it that nobody computes with it any more."""
+        """Gives the memory up, once the device has computed what it was told. No other thread may use it any more."""
+        if len(self._events) == NUM_EVENTS:
+            self.settle(self.mark())
         for event in self._events:
             self.driver.destroy_event(event)
         self._events.clear()

@@ -20,7 +20,6 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
-import torch
 from tandem.v1 import kv_pb2, kv_pb2_grpc, types_pb2
 
 from shared.config import TransportConfig
@@ -278,7 +277,7 @@ class Exporter(kv_pb2_grpc.KvServiceServicer):
         """Puts blocks of a pool on a device where `_pieces` and other processes read them."""
         if self._device is None:
             return
-        staging = torch.frombuffer(self._memory.buffer, dtype=torch.uint8).view(self.num_blocks, -1)
+        staging = self._memory.tensor.view(self.num_blocks, -1)
         try:
             await asyncio.to_thread(self._device.copy_out, list(block_ids), staging, mark)
         except ValueError as error:

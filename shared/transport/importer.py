@@ -217,7 +217,7 @@ class Importer:
         pool = mapping.tensor.view(-1, pair.layout.block_bytes)
         blocks = (await asyncio.to_thread(lambda: pool[torch.tensor(move.source)].cpu())).view(-1)
         await self._pull(blocks, replace(move, source=range(len(move.source))))
-        return zlib.crc32(blocks.numpy())
+        return zlib.crc32(memoryview(blocks.numpy()))
 
     async def _ask(self, pair: Pair, request: kv_pb2.FetchRequest) -> None:
         """A Fetch that brings no bytes."""

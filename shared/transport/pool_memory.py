@@ -1,7 +1,7 @@
 """The memory of a KV pool: a memory file that other processes can map, but never write.
 
     memory = PoolMemory(num_blocks * layout.block_bytes)
-    kv = KvCache(layout, num_blocks, buffer=memory.buffer)
+    kv = KvCache(layout, num_blocks, memory=memory.tensor)
 
 It has no name in any file system, needs no /dev/shm, and the kernel frees it with its last user, however that one dies.
 """
@@ -12,6 +12,9 @@ import errno
 import fcntl
 import mmap
 import os
+
+import torch
+from torch import Tensor
 
 # Linux 5.1: no new writable mapping and no write() by anyone; our own mapping stays writable. Not in Python's fcntl.
 F_SEAL_FUTURE_WRITE = 0x0010
@@ -46,6 +49,15 @@ class PoolMemory:
         if self._map is None:
             raise ValueError("the pool's memory is closed")
         return memoryview(self._map)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The bytes as uint8 [num_bytes]."""
+        return torch.frombuffer(self.buffer, dtype=torch.uint8)
+
+    def mark(self) -> int:
+        """0: what a CPU was told to compute is done."""
+        return 0
 
     def read_only_fd(self) -> int:
         """A new descriptor that can be mapped for reading only; the caller closes it."""

@@ -45,7 +45,7 @@ class PrefillRequest(_message.Message):
     num_prompt_tokens: _builtins.int
     """how many of token_ids are prompt"""
     skip_tokens: _builtins.int
-    """leading tokens whose blocks decode holds; a multiple of the block size"""
+    """leading tokens that decode holds: blocks that have no others are not announced"""
     cache_salt: _builtins.str
     """prefixes are shared only under the same salt; default empty"""
     priority: _builtins.int

@@ -1,7 +1,7 @@
 """A prefill worker's KV side as a process of its own: a pool of random bytes, exported whole as "all".
 
-Its argument is JSON: layout, num_blocks, seed, port, export, config. It prints one line of JSON when it serves, and stops at
-the end of its standard input.
+Its argument is JSON: layout, num_blocks, seed, port, export, config. It prints one line of JSON when it serves, and
+stops at the end of its standard input.
 """
 
 import asyncio

@@ -288,9 +288,7 @@ class _Memory:
     def close(self) -> None:
         """The place stays taken, by poison: no address is given out twice, and what is read there is wrong."""
         fixed = 0x10  # MAP_FIXED, which Python's mmap does not name
-        self._mmap(
-            self.address, mmap.PROT_READ | mmap.PROT_WRITE, fixed | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1
-        )
+        self._mmap(self.address, mmap.PROT_READ | mmap.PROT_WRITE, fixed | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
         ctypes.memset(self.address, POISON, self.size)
         os.close(self.fd)
 

@@ -219,18 +219,18 @@ async def test_blocks_of_a_device_reach_those_who_cannot_map_it(serve, importing
 
 
 async def test_requires_cuda_ipc_of_a_worker_without_a_device(serve, importing):
-    with pytest.raises(rpc.RpcError, match="cuda_ipc is required.*the prefill worker's pool is not on a CUDA device"):
+    with pytest.raises(rpc.RpcError, match=r"cuda_ipc is required.*the prefill worker's pool is not on a CUDA device"):
         await serve(require="cuda_ipc")
     served = await serve()
-    with pytest.raises(rpc.RpcError, match="cuda_ipc is required.*the decode worker's pool is not on a CUDA device"):
+    with pytest.raises(rpc.RpcError, match=r"cuda_ipc is required.*the decode worker's pool is not on a CUDA device"):
         await importing(require="cuda_ipc").importer.connect(served.kv_endpoint)
-    with pytest.raises(rpc.RpcError, match="cuda_ipc is required.*the prefill worker's pool is not on a CUDA device"):
+    with pytest.raises(rpc.RpcError, match=r"cuda_ipc is required.*the prefill worker's pool is not on a CUDA device"):
         await importing(require="cuda_ipc", cuda=FakeCuda()).importer.connect(served.kv_endpoint)
 
 
 async def test_a_device_without_descriptors_says_what_to_set(serve):
     cuda = FakeCuda(descriptors=False)
-    with pytest.raises(CudaError, match="set transport.cuda_export: handle"):
+    with pytest.raises(CudaError, match=r"set transport.cuda_export: handle"):
         await serve(cuda=cuda)
     await serve(cuda=cuda, export="handle")
 

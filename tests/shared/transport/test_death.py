@@ -67,7 +67,9 @@ async def test_a_restarted_worker_is_mapped_afresh(start_exporter, importing, la
 
 
 @pytest.mark.parametrize("way", MAPPED)
-async def test_a_dead_workers_memory_is_given_back_without_further_traffic(start_exporter, importing, layout, held, way):
+async def test_a_dead_workers_memory_is_given_back_without_further_traffic(
+    start_exporter, importing, layout, held, way
+):
     decode = importing(**device(WAYS[way][1]))
     before = held()[1]
     worker = await start_exporter(1, export=WAYS[way][1])
