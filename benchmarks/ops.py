@@ -26,11 +26,12 @@ from rich.table import Table, box
 from kernels.activation import gated_silu
 from kernels.attention import paged_attention
 from kernels.cpu.library import record
-from kernels.kv_format import KvPlanes
+from kernels.kv_format import KvFormat, KvPlanes
 from kernels.linear import LinearWeight, linear
 from kernels.quantization import Quantization
 from kernels.rms_norm import add_rms_norm
 from kernels.sampling import How, draw, token_uniforms
+from kernels.transfer import transfer_tokens
 
 # the default model
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 576, 1536, 30, 49152
@@ -115,6 +116,20 @@ def small_ops() -> Iterator[Op]:
     yield Op("RMSNorm with residual, 512 rows", lambda: add_rms_norm(x, residual, weight, 1e-5), x.numel() * 8, 0)
 
 
+def transfers() -> Iterator[Op]:
+    """2,048 tokens to another worker's blocks, on one thread. The floor has what is written as well."""
+    tokens, block_tokens = 2048, 2 * BLOCK_TOKENS
+    pairs = [("bfloat16", to) for to in ("bfloat16", "float32", "int8", "fp8")] + [("int8", "bfloat16")]
+    for from_dtype, to_dtype in pairs:
+        source_format = KvFormat(from_dtype, LAYERS, KV_HEADS, HEAD_DIM, BLOCK_TOKENS)
+        target_format = KvFormat(to_dtype, LAYERS, KV_HEADS, HEAD_DIM, block_tokens)
+        source = torch.ones(tokens // BLOCK_TOKENS, source_format.block_bytes, dtype=torch.uint8)
+        target = torch.zeros(tokens // block_tokens, target_format.block_bytes, dtype=torch.uint8)
+        tables = [torch.randperm(len(pool), dtype=torch.int32) for pool in (source, target)]
+        run = partial(transfer_tokens, source, source_format, tables[0], 0, target, target_format, tables[1], 0, tokens)
+        yield Op(f"transfer, {from_dtype} to {to_dtype}", run, source.numel() + target.numel(), 0)
+
+
 def times_s(run: Callable[[], object], runs: int = RUNS) -> list[float]:
     """The times of some runs, ascending; the first, which loads, is left out."""
     times: list[float] = []
@@ -147,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = Table(title=title, title_justify="left", box=box.MARKDOWN)
     for column in ("op", "time ms", "floor ms", "fraction", "GB/s", "GFLOP/s"):
         table.add_column(column, justify="left" if column == "op" else "right")
-    for ops in (linears(), attentions(), sampling(), small_ops()):
+    for ops in (linears(), attentions(), sampling(), small_ops(), transfers()):
         for op in ops:
             took_s = statistics.median(times_s(op.run))
             floor_s = max(op.num_bytes / read, op.flops / compute)
