@@ -18,6 +18,7 @@ from tandem.v1 import inference_pb2
 
 from gateway.admission import Admission
 from gateway.budget import Budget
+from gateway.discovery import Resolve, resolve
 from gateway.job import Job
 from gateway.journal import Journal
 from gateway.metrics import Metrics
@@ -40,10 +41,10 @@ _LEAST_BUDGET_S = 1e-3
 class Gateway:
     """One served model over its workers. Use it as an async context manager: every task it starts ends with it."""
 
-    def __init__(self, config: TandemConfig, model: ServedModel, metrics: Metrics) -> None:
+    def __init__(self, config: TandemConfig, model: ServedModel, metrics: Metrics, resolve: Resolve = resolve) -> None:
         self.metrics = metrics
         self.gateway_id = f"gateway-{secrets.token_hex(4)}"
-        self.workers = Workers(config, model, metrics)
+        self.workers = Workers(config, model, metrics, resolve)
         self._config, self._model = config.gateway, model
         self._admission = Admission(config.gateway.max_running, config.gateway.max_queued, metrics.set_queued)
         self._records = RecordStore(config.gateway.resume_window_s)

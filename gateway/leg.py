@@ -77,7 +77,7 @@ class Leg:
         """Generates until every output of the leg is done. Raises DecodeFailed; RpcError if nothing is left to try."""
         call: Any = self._decode.decode.Decode(timeout=self._job.budget.left_s, metadata=self._decode.metadata)
         try:
-            with self._decode.working(1):
+            with self._decode.held(), self._decode.working(1):
                 await write(call, decode_pb2.DecodeRequest(admit=self._admit))
                 first: decode_pb2.DecodeResponse = await read(call, self._decode_id, DecodeFailed)
                 if first.WhichOneof("event") != "reserved":
@@ -137,22 +137,23 @@ class Leg:
 
     async def _prefill(self, call: Any, worker: Worker, held_tokens: int) -> None:
         worker_id, attempt = worker.worker_id, self.attempt
-        stream: Any = worker.prefill.Prefill(
-            self._job.prefill(self._admit, attempt, held_tokens),
-            timeout=self._job.budget.left_s,
-            metadata=worker.metadata,
-        )
-        try:
-            with worker.working(len(self._admit.token_ids)):
-                first = await self._forward_extents(call, stream, worker_id, attempt)
-            self._take_first(first, worker_id)
-            if self._done:
-                return
-            begin = decode_pb2.Begin(attempt=attempt, first_tokens=self._going_on(first.tokens))
-            await write(call, decode_pb2.DecodeRequest(begin=begin))
-            await self._until_imported(stream, worker_id)
-        finally:
-            stream.cancel()
+        with worker.held():
+            stream: Any = worker.prefill.Prefill(
+                self._job.prefill(self._admit, attempt, held_tokens),
+                timeout=self._job.budget.left_s,
+                metadata=worker.metadata,
+            )
+            try:
+                with worker.working(len(self._admit.token_ids)):
+                    first = await self._forward_extents(call, stream, worker_id, attempt)
+                self._take_first(first, worker_id)
+                if self._done:
+                    return
+                begin = decode_pb2.Begin(attempt=attempt, first_tokens=self._going_on(first.tokens))
+                await write(call, decode_pb2.DecodeRequest(begin=begin))
+                await self._until_imported(stream, worker_id)
+            finally:
+                stream.cancel()
 
     async def _forward_extents(self, call: Any, stream: Any, worker_id: str, attempt: int) -> prefill_pb2.FirstTokens:
         # an output of one token needs no blocks anywhere

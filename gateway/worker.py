@@ -20,13 +20,19 @@ Metadata = tuple[tuple[str, str], ...]
 class Worker:
     """A worker at an address; the process there may come and go, each time under a new worker_id.
 
+    target: its address:port. name: the entry of the configuration that it stands behind, if that is another one.
     metadata: sent with every call, the cluster's key.
     """
 
     def __init__(
-        self, target: str, role: worker_pb2.WorkerRole.ValueType, max_message_bytes: int, metadata: Metadata = ()
+        self,
+        target: str,
+        role: worker_pb2.WorkerRole.ValueType,
+        max_message_bytes: int,
+        metadata: Metadata = (),
+        name: str = "",
     ) -> None:
-        self.target, self.role, self.metadata = target, role, metadata
+        self.target, self.role, self.metadata, self.name = target, role, metadata, name or target
         self.channel = connect(target, max_message_bytes)
         self.service: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(self.channel)  # type: ignore[assignment]
         self.prefill: prefill_pb2_grpc.PrefillServiceAsyncStub = prefill_pb2_grpc.PrefillServiceStub(self.channel)  # type: ignore[assignment]
@@ -34,12 +40,17 @@ class Worker:
         self.info: worker_pb2.GetInfoResponse | None = None
         self.alive = False
         self.fault: RpcError | None = None  # why it may not be used although it answers
+        self.listed = True  # whether some entry of the configuration still stands for its address
+        self.twin: Worker | None = None  # the same process at another address, which is the one that is used
         self._load = worker_pb2.WatchLoadResponse()
         self._in_flight = 0.0
         self._in_flight_at_report = 0.0
+        self._holders = 0
 
     def __str__(self) -> str:
-        name = f"{ROLE_NAMES[self.role]} worker {self.target}"
+        name = f"{ROLE_NAMES[self.role]} worker {self.name}"
+        if self.name != self.target:
+            name += f" at {self.target.rpartition(':')[0].strip('[]')}"
         return f"{name} ({self.info.worker_id})" if self.info else name
 
     @property
@@ -74,6 +85,20 @@ class Worker:
             yield
         finally:
             self._in_flight -= amount
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Around a call: as long as one runs, the channel is not closed."""
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call of a request runs there."""
+        return self._holders > 0
 
     def went_away(self) -> None:
         """The process there is gone, or cannot be reached."""

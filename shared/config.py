@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -31,12 +40,21 @@ def _split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _check_target(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not host.strip("[]") or (":" in host) != bracketed or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError("is not host:port; an IPv6 address stands in brackets: [::1]:50071")
+    return value
+
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 QuantizationMode = Literal["none", "int8", "int4"]
 KvDtype = Literal["auto", "float32", "bfloat16", "int8", "fp8"]
-Targets = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Target = Annotated[str, AfterValidator(_check_target)]
+Targets = Annotated[tuple[Target, ...], NoDecode, BeforeValidator(_split)]
 
 
 class ConfigError(ValueError):
@@ -51,8 +69,12 @@ class GatewayConfig(Section):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: Port = Field(default=50051, description="gRPC port, 0 = any free one")
     http_port: Port = Field(default=8080, description="OpenAI HTTP port, 0 = any free one")
-    prefill_workers: Targets = Field(default=("127.0.0.1:50061",), description="host:port of each prefill worker")
-    decode_workers: Targets = Field(default=("127.0.0.1:50071",), description="host:port of each decode worker")
+    prefill_workers: Targets = Field(
+        default=("127.0.0.1:50061",), description="host:port of each prefill worker, or of all that share a DNS name"
+    )
+    decode_workers: Targets = Field(
+        default=("127.0.0.1:50071",), description="host:port of each decode worker, or of all that share a DNS name"
+    )
     max_running: Positive = Field(default=256, description="requests in progress at once")
     max_queued: int = Field(
         default=512, ge=0, description="requests waiting for a place; one more is RESOURCE_EXHAUSTED"
@@ -76,7 +98,11 @@ class GatewayConfig(Section):
 
 
 class PrefillConfig(Section):
-    host: str = Field(default="127.0.0.1", description="address to listen on, and the one told to decode workers")
+    host: str = Field(
+        default="127.0.0.1",
+        description="address to listen on, and the one told to decode workers; 0.0.0.0 or :: = all, "
+        "and told is that of this host's name",
+    )
     port: Port = Field(default=50061, description="gRPC port, 0 = any free one")
     kv_memory_mib: Positive = Field(default=256, description="size of the KV pool, MiB")
     num_blocks: Positive | None = Field(

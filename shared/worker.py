@@ -13,7 +13,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -22,6 +21,7 @@ import grpc
 import torch
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 
+from shared.address import bracketed, reachable
 from shared.arguments import Arguments, die_with_parent
 from shared.auth import Access, RequireKey
 from shared.config import ApiKey, ConfigError, DecodeConfig, PrefillConfig, TandemConfig
@@ -127,8 +127,17 @@ class WorkerServer:
         server = create_server(
             interceptors=[RequireKey(Access([ApiKey(name="cluster", key=key)]))] if key is not None else []
         )
-        port = server.add_insecure_port(f"{_bracketed(section.host)}:{section.port}")
-        address = f"{_bracketed(_reachable(section.host))}:{port}"
+        field = f"{'prefill' if isinstance(section, PrefillConfig) else 'decode'}.host"
+        told = reachable(section.host, field)
+        listen = f"{bracketed(section.host)}:{section.port}"
+        try:
+            port = server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{field}: {listen} cannot be listened on ({error}); it must be an address of this host, or a name of "
+                "one, with a free port; 0.0.0.0 or :: = all of them"
+            ) from None
+        address = f"{bracketed(told)}:{port}"
         try:
             engine, memory, device = await asyncio.to_thread(_load_engine, config, section)
             worker_id = f"{type(section).__name__[0].lower()}-{secrets.token_hex(6)}"
@@ -257,12 +266,3 @@ def _load_engine(
     engine = Engine(plan, device or memory)
     engine.warm_up()
     return engine, memory, device
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _reachable(host: str) -> str:
-    """The address that others are told; for one that means every address, that of this host's name."""
-    return socket.gethostbyname(socket.gethostname()) if host in ("0.0.0.0", "::") else host

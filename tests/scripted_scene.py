@@ -12,6 +12,7 @@ import grpc
 from tandem.v1 import inference_pb2, inference_pb2_grpc, types_pb2, worker_pb2
 
 from gateway.changes import Changes
+from gateway.discovery import Resolve, resolve
 from gateway.gateway import Gateway
 from gateway.metrics import Metrics
 from gateway.model import SamplingDefaults, ServedModel
@@ -136,7 +137,11 @@ def request(
 
 @asynccontextmanager
 async def scene_of(
-    prefill: int = 1, decode: int = 1, prepare: Callable[[Scene], None] | None = None, **gateway: Any
+    prefill: int = 1,
+    decode: int = 1,
+    prepare: Callable[[Scene], None] | None = None,
+    resolve: Resolve = resolve,
+    **gateway: Any,
 ) -> AsyncIterator[Scene]:
     """Starts workers, a gateway and its server; `gateway` are fields of its configuration."""
     transport, auth = gateway.pop("transport", {}), gateway.pop("auth", {})
@@ -159,7 +164,7 @@ async def scene_of(
             transport=transport,
             auth=auth,
         )
-        draft.gateway = await stack.enter_async_context(Gateway(config, model(), draft.metrics))
+        draft.gateway = await stack.enter_async_context(Gateway(config, model(), draft.metrics, resolve))
         await draft.gateway.ready()
         server = create_server()
         port = server.add_insecure_port("127.0.0.1:0")

@@ -56,14 +56,17 @@ def logprobs_of(token_id: int, params: types_pb2.SamplingParams) -> types_pb2.Po
 
 
 class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
-    """What both roles have: a server that can be killed and started again at its port, and a load that can be told."""
+    """What both roles have: a server that can be killed and started again at its port, and a load that can be told.
+
+    target: where it listens.
+    """
 
     role: worker_pb2.WorkerRole.ValueType
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.starts = 0
-        self.target = ""
+        self.target = "127.0.0.1:0"
         self.layout: dict[str, Any] = {}
         self.info: dict[str, Any] = {}
         self.load = worker_pb2.WatchLoadResponse(free_blocks=100, total_blocks=100)
@@ -79,8 +82,8 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def start(self) -> None:
         self.starts += 1
         server = create_server()
-        port = server.add_insecure_port(self.target or "127.0.0.1:0")
-        self.target = f"127.0.0.1:{port}"
+        port = server.add_insecure_port(self.target)
+        self.target = f"{self.target.rpartition(':')[0]}:{port}"
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, server)
         self.serve(server)
         await server.start()
