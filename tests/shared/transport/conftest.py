@@ -169,17 +169,26 @@ class ExporterProcess:
 @pytest.fixture
 def start_exporter(stack: AsyncExitStack, tmp_path: Path) -> Callable[..., Any]:
     async def start(
-        seed: int, *, port: int = 0, num_blocks: int = 32, layout: KvLayout = LAYOUT, **config: Any
+        seed: int,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        num_blocks: int = 32,
+        layout: KvLayout = LAYOUT,
+        enter: Callable[[list[str]], list[str]] = list,
+        **config: Any,
     ) -> ExporterProcess:
+        """enter: makes the process's command that of one elsewhere (tests/namespaces.py)."""
         options = {
             "layout": {"block_bytes": layout.block_bytes, **{name: getattr(layout, name) for name in LAYOUT_FIELDS}},
             "num_blocks": num_blocks,
             "seed": seed,
+            "host": host,
             "port": port,
             "config": {"socket_dir": str(tmp_path), **config},
         }
         process = subprocess.Popen(  # noqa: ASYNC220 - forks and execs at once
-            [sys.executable, str(Path(__file__).with_name("exporter_process.py")), json.dumps(options)],
+            enter([sys.executable, str(Path(__file__).with_name("exporter_process.py")), json.dumps(options)]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
