@@ -174,7 +174,8 @@ class TransportConfig(Section):
     )
     checksum: bool = Field(default=False, description="send and check a CRC-32 of every extent")
     socket_dir: Path | None = Field(
-        default=None, description="folder of the unix sockets; default: a private temporary one"
+        default=None,
+        description="folder of the unix sockets, which workers in separate containers share; default: a private one",
     )
 
 

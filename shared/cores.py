@@ -9,7 +9,8 @@
 Alone, a worker uses every core. Two that compute at once on all cores each hold up the other's threads in the middle of
 an op, so each takes its part of them from the next op on, and a helper thread stops between two chunks
 (kernels/cpu/team.c). What each worker does stands on a board, a page of memory that the workers of one user on the same
-set of cores map from a file in the temporary folder. A worker that was killed is wiped off by the next to look.
+set of cores map from a file in the temporary folder. A worker that was killed is wiped off by the next to look, so only
+those that can see each other's processes are on one board: containers that share that folder have one each.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ class Cores:
 
     @classmethod
     def _open(cls, folder: Path | None) -> Cores:
-        affinity = repr(sorted(os.sched_getaffinity(0))).encode()
-        path = (folder or _private_folder()) / f"cores-{hashlib.sha256(affinity).hexdigest()[:16]}"
+        shared = repr((sorted(os.sched_getaffinity(0)), os.readlink("/proc/self/ns/pid"))).encode()
+        path = (folder or _private_folder()) / f"cores-{hashlib.sha256(shared).hexdigest()[:16]}"
         with _locked(path) as file:
             cores = cls(mmap.mmap(file, mmap.PAGESIZE))
         cores._path = path

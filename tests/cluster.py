@@ -23,7 +23,7 @@ import grpc
 import httpx
 from tandem.v1 import inference_pb2, inference_pb2_grpc, types_pb2, worker_pb2, worker_pb2_grpc
 
-from cli.supervisor import Member, Supervisor
+from cli.supervisor import Member, Role, Supervisor, role_command
 from shared.rpc import connect
 
 SETTLE_S = 60.0
@@ -113,7 +113,10 @@ class Cluster:
         gateway_settings: Mapping[str, Any] | None = None,
         config_path: Path | None = None,
         revive: bool = False,
+        command: Callable[[Role], Sequence[str]] = role_command,
+        reach: Callable[[str], str] = str,
     ) -> None:
+        """command: what runs a role, without its flags. reach: from a member's address to where we reach it."""
         self.log: list[str] = []
         self._logged = asyncio.Event()
         self._supervisor = Supervisor(
@@ -121,7 +124,9 @@ class Cluster:
             config_path=config_path,
             on_line=self._take_line,
             revive=revive,
+            command=command,
         )
+        self._reach = reach
         self._counts = prefill, decode
         self._settings = prefill_settings or {}, decode_settings or {}, gateway_settings or {}
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -183,11 +188,11 @@ class Cluster:
     @property
     def http_url(self) -> str:
         """Base address of the gateway's HTTP service."""
-        return f"http://{self.gateway.http}"
+        return f"http://{self._reach(self.gateway.http or '')}"
 
     def channel(self, target: str) -> grpc.aio.Channel:
         """A channel that the cluster closes at its end."""
-        return self._channels.setdefault(target, connect(target))
+        return self._channels.setdefault(target, connect(self._reach(target)))
 
     @property
     def stub(self) -> inference_pb2_grpc.InferenceServiceStub:

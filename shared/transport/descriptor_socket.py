@@ -161,7 +161,7 @@ def attach(path: str, epoch: int, num_bytes: int) -> tuple[int | None, Lifeline]
         connection.settimeout(CONNECT_TIMEOUT_S)
         connection.connect(path)
         if (uid := peer_uid(connection)) != os.geteuid():
-            raise OSError(f"{path} belongs to user {uid}, not to user {os.geteuid()}")
+            raise OSError(f"{path} belongs to user {uid}, not to user {os.geteuid()}; run both workers as one user")
         header, fds, _, _ = socket.recv_fds(connection, HEADER.size, 1, socket.MSG_CMSG_CLOEXEC)
         if len(header) != HEADER.size:
             raise OSError(f"{path} passed no descriptor (another user's worker, or too many connections)")
@@ -173,6 +173,9 @@ def attach(path: str, epoch: int, num_bytes: int) -> tuple[int | None, Lifeline]
         connection.close()
         for fd in fds:
             os.close(fd)
+        if isinstance(error, FileNotFoundError):
+            remedy = "workers that do not see the same files, as in containers, must share transport.socket_dir"
+            raise OSError(f"{path}: {error.strerror}; {remedy}") from error
         if isinstance(error, OSError) and path not in str(error):
             raise OSError(f"{path}: {error.strerror or error}") from error
         raise

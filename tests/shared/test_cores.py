@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from kernels.cpu import library
 from shared import cores as module
 from shared.cores import SLOTS, Cores
+from tests.namespaces import Network, in_the_way
 
 # Another worker: computes, with two prompts, until it is killed.
 OTHER = """
@@ -34,15 +36,22 @@ def shares_nothing_afterwards() -> Iterator[None]:
     library.call("tandem_share_cores", None, 0, 0)
 
 
-@pytest.fixture
-def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", OTHER, str(tmp_path)]
+@contextmanager
+def computing(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout
-    assert process.stdout.readline() == "computes\n"
-    yield process
-    process.kill()
-    process.communicate()
+    try:
+        assert process.stdout.readline() == "computes\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    with computing([sys.executable, "-c", OTHER, str(tmp_path)]) as process:
+        yield process
 
 
 def allowed() -> int:
@@ -54,6 +63,22 @@ def test_alone_a_worker_uses_every_core(tmp_path: Path) -> None:
     with cores.computing():
         assert allowed() > len(os.sched_getaffinity(0))
     assert cores.pause_s(0.01, 1, 1.0) == 0
+
+
+def test_a_worker_that_cannot_be_seen_keeps_its_place(tmp_path: Path) -> None:
+    """In another PID namespace all its numbers are others: who took it for dead would wipe it off, and it them."""
+    if reason := in_the_way():
+        pytest.skip(f"this host gives us no namespaces: {reason}")
+    with Network() as network:
+        command = network.command("10.77.0.2", [sys.executable, "-c", OTHER, str(tmp_path)], folders=[tmp_path])
+        with computing(command):
+            [board] = tmp_path.glob("cores-*")
+            before = board.read_bytes()
+            cores = Cores.join(tmp_path)
+            assert cores.pause_s(0.01, 1, 1.0) == 0
+            cores.leave()
+            assert any(before)
+            assert board.read_bytes() == before
 
 
 def test_workers_that_compute_at_once_have_their_parts(tmp_path: Path, other: subprocess.Popen[str]) -> None:

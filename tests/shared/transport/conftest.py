@@ -220,23 +220,29 @@ def start_exporter(stack: AsyncExitStack, tmp_path: Path) -> Callable[..., Any]:
     async def start(
         seed: int,
         *,
+        host: str = "127.0.0.1",
         port: int = 0,
         num_blocks: int = 32,
         layout: KvLayout = LAYOUT,
         export: Export | None = None,
+        enter: Callable[[list[str]], list[str]] = list,
         **config: Any,
     ) -> ExporterProcess:
-        """export: of a pool on a device that is no GPU (fake_cuda.py); default: the pool is in host memory."""
+        """export: of a pool on a device that is no GPU (fake_cuda.py); default: the pool is in host memory.
+
+        enter: makes the process's command that of one elsewhere (tests/namespaces.py).
+        """
         options = {
             "layout": asdict(layout),
             "num_blocks": num_blocks,
             "seed": seed,
+            "host": host,
             "port": port,
             "export": export,
             "config": {"socket_dir": str(tmp_path), **config},
         }
         process = subprocess.Popen(  # noqa: ASYNC220 - forks and execs at once
-            [sys.executable, str(Path(__file__).with_name("exporter_process.py")), json.dumps(options)],
+            enter([sys.executable, str(Path(__file__).with_name("exporter_process.py")), json.dumps(options)]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

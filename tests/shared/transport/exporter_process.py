@@ -1,7 +1,7 @@
 """A prefill worker's KV side as a process of its own: a pool of random bytes, exported whole as "all".
 
-Its argument is JSON: layout, num_blocks, seed, port, export, config. It prints one line of JSON when it serves, and
-stops at the end of its standard input.
+Its argument is JSON: layout, num_blocks, seed, host, port, export, config. It prints one line of JSON when it serves,
+and stops at the end of its standard input.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ async def main(options: SimpleNamespace) -> None:
         device.settle(device.mark())
         memoryview(device.tensor.numpy())[:] = contents
     server = create_server()
-    endpoint = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{options.port}')}"
+    endpoint = f"{options.host}:{server.add_insecure_port(f'{options.host}:{options.port}')}"
     exporter = Exporter(
         layout,
         memory,
