@@ -24,6 +24,7 @@ class ImportAttempt:
         self.num_bytes = 0
         self.seconds = 0.0
         self.transport = types_pb2.TRANSPORT_UNSPECIFIED
+        self.refusals: tuple[types_pb2.TransportRefusal, ...] = ()
         self._importer = importer
         self._reserved = reserved
         self._held_tokens = held_tokens
@@ -69,4 +70,4 @@ class ImportAttempt:
     def _note(self, result: CopyResult) -> None:
         self.num_bytes += result.num_bytes
         self.seconds += result.seconds
-        self.transport = result.transport
+        self.transport, self.refusals = result.transport, result.refusals

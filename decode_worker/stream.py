@@ -215,6 +215,7 @@ class DecodeStream:
                 handoff_bytes=attempt.num_bytes,
                 handoff_s=attempt.seconds,
                 transport=attempt.transport,
+                refusals=attempt.refusals,
             )
             self.outbox.put(decode_pb2.DecodeResponse(imported=imported))
         self._running = True

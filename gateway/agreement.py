@@ -16,7 +16,7 @@ def disagreement(
 ) -> RpcError | None:
     """FAILED_PRECONDITION naming the first field in which a worker differs from what is expected, None if it fits.
 
-    layout: of the worker that was described first, None for that worker itself.
+    layout: of another worker of its role, if there is one. Whether prefill's fits decode's is theirs to say.
     """
     expected_role = worker_pb2.WorkerRole.Name(role)
     if info.role != role:
@@ -34,5 +34,5 @@ def disagreement(
     for field in kv_pb2.KvLayout.DESCRIPTOR.fields if layout is not None else ():
         theirs, ours = getattr(info.layout, field.name), getattr(layout, field.name)
         if theirs != ours:
-            return mismatch(f"layout.{field.name}", f"the other workers have {ours!r}, this one {theirs!r}")
+            return mismatch(f"layout.{field.name}", f"the others of its role have {ours!r}, this one {theirs!r}")
     return None

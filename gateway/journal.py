@@ -32,6 +32,7 @@ class Journal:
     attempts: int = 0
     handoff_bytes: int = 0
     transport: types_pb2.Transport.ValueType = types_pb2.TRANSPORT_UNSPECIFIED
+    refusals: list[types_pb2.TransportRefusal] = field(default_factory=list)
     prefill_workers: list[str] = field(default_factory=list)
     decode_workers: list[str] = field(default_factory=list)
     _preemptions: dict[int, int] = field(default_factory=dict)  # leg → its last count
@@ -46,7 +47,7 @@ class Journal:
         """A handoff begins."""
         self.attempts += 1
         if local:
-            self.transport = types_pb2.TRANSPORT_UNSPECIFIED
+            self.transport, self.refusals = types_pb2.TRANSPORT_UNSPECIFIED, []
 
     def prefilled(self, worker_id: str, cached_tokens: int) -> None:
         """A prefill worker gave first tokens."""
@@ -61,7 +62,7 @@ class Journal:
     def imported(self, event: decode_pb2.Imported) -> None:
         """A decode worker has every block of a handoff."""
         self.imported_at = self.imported_at or time.monotonic()
-        self.transport = event.transport
+        self.transport, self.refusals = event.transport, list(event.refusals)
         self.handoff_bytes += event.handoff_bytes
 
     def decoded(self, leg: int, worker_id: str, preemptions: int) -> None:
@@ -90,6 +91,7 @@ class Journal:
                 prefill_workers=self.prefill_workers,
                 decode_workers=self.decode_workers,
                 transport=self.transport,
+                refusals=self.refusals,
                 handoff_bytes=self.handoff_bytes,
                 attempts=self.attempts,
                 model_digest=self.model_digest,

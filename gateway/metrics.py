@@ -12,6 +12,7 @@ Labels take values from closed sets only (served models, RPC methods, codes, wor
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -80,6 +81,16 @@ class Metrics:
         self._attempts = counter("handoff_attempts", "handoffs started")
         self._preemptions = counter("preemptions", "times a request gave its blocks up and came back")
 
+        self._pair = gauge(
+            "kv_pair",
+            "1 for two workers that hand over, with their transport and why it is no better one",
+            "decode_worker",
+            "prefill_worker",
+            "transport",
+            "refused",
+        )
+        self._pairs: dict[tuple[str, str], tuple[str, ...]] = {}  # decode and prefill worker: the labels
+
         self._worker_up = gauge("worker_up", "1 while the worker reports its load", "worker", "role")
         self._load = {
             name: gauge(f"worker_{name}", help_text, "worker", "role") for name, help_text in _LOAD_GAUGES.items()
@@ -137,6 +148,24 @@ class Metrics:
         self._worker_up.labels(worker_id, role).set(1)
         for name, gauge in self._load.items():
             gauge.labels(worker_id, role).set(getattr(load, name))
+
+    def set_pair(
+        self,
+        decode_id: str,
+        prefill_id: str,
+        transport: types_pb2.Transport.ValueType,
+        refusals: Sequence[types_pb2.TransportRefusal],
+    ) -> None:
+        """What two workers agreed on; "none" if they cannot hand over."""
+        self.remove_pair(decode_id, prefill_id)
+        refused = "; ".join(f"{transport_name(r.transport)}: {r.reason}" for r in refusals)
+        labels = self._pairs[decode_id, prefill_id] = (decode_id, prefill_id, transport_name(transport), refused)
+        self._pair.labels(*labels).set(1)
+
+    def remove_pair(self, decode_id: str, prefill_id: str) -> None:
+        """One of the two is gone."""
+        if labels := self._pairs.pop((decode_id, prefill_id), None):
+            self._pair.remove(*labels)
 
     def remove_worker(self, worker_id: str, role: str) -> None:
         """A worker is gone: its series end, so that a restarted one does not leave a frozen twin behind."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
 from tandem.v1 import decode_pb2, types_pb2
 
-from gateway.metrics import transport_name
+from gateway.metrics import Metrics, transport_name
 from gateway.worker import Worker, call_failed
 from shared.rpc import RpcError, from_grpc, mismatch
 
 log = logging.getLogger(__name__)
 
 _ANSWER_S = 10.0
-_REQUIRED = {"shared_memory": types_pb2.TRANSPORT_SHARED_MEMORY, "inline": types_pb2.TRANSPORT_INLINE}
+_REQUIRED = {
+    "cuda_ipc": types_pb2.TRANSPORT_CUDA_IPC,
+    "shared_memory": types_pb2.TRANSPORT_SHARED_MEMORY,
+    "inline": types_pb2.TRANSPORT_INLINE,
+}
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,9 @@ class _Pair:
 class Pairs:
     """Of the workers that are there. required: a pair on a lesser transport than this one hands nothing over."""
 
-    def __init__(self, required: str | None) -> None:
+    def __init__(self, required: str | None, metrics: Metrics) -> None:
         self._required = required
+        self._metrics = metrics
         self._pairs: dict[tuple[str, str], _Pair] = {}  # (decode worker_id, prefill worker_id)
 
     @property
@@ -45,7 +51,9 @@ class Pairs:
 
     def forget(self, worker_id: str) -> None:
         """A worker is gone."""
-        self._pairs = {key: pair for key, pair in self._pairs.items() if worker_id not in key}
+        for key in [key for key in self._pairs if worker_id in key]:
+            del self._pairs[key]
+            self._metrics.remove_pair(*key)
 
     async def connect(self, decode: Worker, prefill: Worker) -> None:
         """Lets two workers shake hands, and keeps what came of it."""
@@ -59,12 +67,11 @@ class Pairs:
         except grpc.aio.AioRpcError as error:
             log.warning("%s cannot take KV blocks from %s: %s", decode, prefill, call_failed(error))
             if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
-                self._keep(key, decode, prefill, _Pair(types_pb2.TRANSPORT_UNSPECIFIED, from_grpc(error)))
+                self._keep(key, decode, prefill, _Pair(types_pb2.TRANSPORT_UNSPECIFIED, from_grpc(error)), [])
             return
         refusals = "; ".join(f"{transport_name(r.transport)}: {r.reason}" for r in answer.refusals)
-        self._keep(
-            key, decode, prefill, _Pair(answer.transport, self._too_slow(decode, prefill, answer.transport, refusals))
-        )
+        pair = _Pair(answer.transport, self._too_slow(decode, prefill, answer.transport, refusals))
+        self._keep(key, decode, prefill, pair, answer.refusals)
         log.info(
             "%s takes KV blocks from %s over %s%s",
             decode,
@@ -73,9 +80,17 @@ class Pairs:
             f" ({refusals})" if refusals else "",
         )
 
-    def _keep(self, key: tuple[str, str], decode: Worker, prefill: Worker, pair: _Pair) -> None:
+    def _keep(
+        self,
+        key: tuple[str, str],
+        decode: Worker,
+        prefill: Worker,
+        pair: _Pair,
+        refusals: Sequence[types_pb2.TransportRefusal],
+    ) -> None:
         if key == (decode.worker_id, prefill.worker_id):  # neither has gone in the meantime
             self._pairs[key] = pair
+            self._metrics.set_pair(*key, pair.transport, refusals)
 
     def _too_slow(
         self, decode: Worker, prefill: Worker, transport: types_pb2.Transport.ValueType, refusals: str

@@ -62,7 +62,7 @@ class Workers:
         self._all: list[Worker] = []
         self._tasks: dict[Worker, asyncio.Task[None]] = {}
         self.changes = Changes()
-        self._pairs = Pairs(config.transport.require)
+        self._pairs = Pairs(config.transport.require, metrics)
         self._routers = {PREFILL: Router(), DECODE: Router()}
         self._reference: worker_pb2.GetInfoResponse | None = None
         self._stack = AsyncExitStack()
@@ -97,7 +97,7 @@ class Workers:
     def limits(self) -> Limits:
         """What every worker that is known can take."""
         infos = [worker.info for worker in self._all if worker.info] or [self.reference]
-        max_context = min(min(info.max_context, info.num_blocks * self.layout.block_tokens) for info in infos)
+        max_context = min(min(info.max_context, info.num_blocks * info.layout.block_tokens) for info in infos)
         return Limits(max_context=max_context, vocab_size=self.reference.vocab_size)
 
     def usable(self, role: worker_pb2.WorkerRole.ValueType) -> list[Worker]:
@@ -230,7 +230,8 @@ class Workers:
     async def _describe(self, worker: Worker, info: worker_pb2.GetInfoResponse) -> None:
         # compared with those that are there: all of them may come back with another layout
         known = next((other.info.layout for other in self._all if other.info), None)
-        fault = disagreement(info, worker.role, self._model.name, self._model.digest, known)
+        alike = next((other.info.layout for other in self._all if other.info and other.role == worker.role), None)
+        fault = disagreement(info, worker.role, self._model.name, self._model.digest, alike)
         if fault is not None:
             if worker.fault is None or worker.fault.message != fault.message:
                 log.error("%s is not used: %s", worker, fault.message)

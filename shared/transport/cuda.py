@@ -14,6 +14,7 @@ Checked against the documents of CUDA 12 and 13; it has not run on a GPU.
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID
@@ -34,10 +35,9 @@ class CudaDriver:
 
     def __init__(self, ordinal: int = 0) -> None:
         try:
-            from cuda.bindings import driver
+            self._driver: Any = importlib.import_module("cuda.bindings.driver")
         except ImportError as error:
             raise CudaError("the package cuda-bindings is not installed") from error
-        self._driver: Any = driver
         self.ordinal = ordinal
         self._context: Any = None
         try:

@@ -43,6 +43,7 @@ class CopyResult:
     num_bytes: int
     seconds: float  # in the copy itself, from its start to the last byte
     transport: types_pb2.Transport.ValueType
+    refusals: tuple[types_pb2.TransportRefusal, ...]  # better transports, and why they were not used
 
 
 class Importer:
@@ -126,7 +127,7 @@ class Importer:
         if extent.HasField("crc32") and checksum != extent.crc32:
             raise stale(f"checksum {checksum:08x} of the copied blocks is not the extent's {extent.crc32:08x}")
         num_bytes = len(move.source) * pair.layout.block_bytes
-        return CopyResult(num_bytes, time.perf_counter() - begin, pair.transport)
+        return CopyResult(num_bytes, time.perf_counter() - begin, pair.transport, pair.refusals)
 
     async def confirm(self, extent: kv_pb2.KvExtent) -> None:
         """Raises ABORTED unless the extent's export is still open: only then is what was copied from it surely its own.
@@ -217,7 +218,7 @@ class Importer:
         pool = mapping.tensor.view(-1, pair.layout.block_bytes)
         blocks = (await asyncio.to_thread(lambda: pool[torch.tensor(move.source)].cpu())).view(-1)
         await self._pull(blocks, replace(move, source=range(len(move.source))))
-        return zlib.crc32(memoryview(blocks.numpy()))
+        return zlib.crc32(blocks.numpy().data)
 
     async def _ask(self, pair: Pair, request: kv_pb2.FetchRequest) -> None:
         """A Fetch that brings no bytes."""

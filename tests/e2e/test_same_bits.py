@@ -82,6 +82,8 @@ CASES = (
         "inline transport",
         settings=(("transport.disable", ["shared_memory"]), ("transport.checksum", True)),
     ),
+    Case("prefill's blocks are larger", settings=(("prefill.block_tokens", 64),), repeat=2, caches=True),
+    Case("decode's blocks are larger", settings=(("prefill.block_tokens", 8), ("decode.block_tokens", 32))),
     Case("preempted by swap", settings=(("decode.num_blocks", 40), ("decode.preemption", "swap")), preempts=True),
     Case(
         "preempted by recompute",
@@ -98,6 +100,7 @@ KINDS: dict[str, dict[str, object]] = {
     "int4": {"dtype": "bfloat16", "quantization": "int4"},
 }
 # these change the shapes of the arithmetic; the others are checked in bfloat16 alone
+SLOW = ("chunk 64", "2P1D", "1P2D", "decode's blocks are larger")
 SHAPES_CHANGE = ("among 32 neighbours, chunk 512", "chunk 16", "preempted by swap")
 CASES_BY_KIND = [
     # float32 and int8 take the ways of bfloat16 and int4, and some cases are part of others
@@ -105,7 +108,7 @@ CASES_BY_KIND = [
         kind,
         case,
         id=f"{kind}-{case.name}",
-        marks=[pytest.mark.slow] * (kind in ("float32", "int8") or case.name in ("chunk 64", "2P1D", "1P2D")),
+        marks=[pytest.mark.slow] * (kind in ("float32", "int8") or case.name in SLOW),
     )
     for kind in KINDS
     for case in CASES

@@ -283,6 +283,7 @@ class Imported(_message.Message):
     HANDOFF_BYTES_FIELD_NUMBER: _builtins.int
     HANDOFF_S_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """number of the handoff"""
     handoff_bytes: _builtins.int
@@ -291,6 +292,10 @@ class Imported(_message.Message):
     """seconds spent copying"""
     transport: _types_pb2.Transport.ValueType
     """how they came"""
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TransportRefusal]:
+        """better transports, and why they were not used"""
+
     def __init__(
         self,
         *,
@@ -298,10 +303,11 @@ class Imported(_message.Message):
         handoff_bytes: _builtins.int = ...,
         handoff_s: _builtins.float = ...,
         transport: _types_pb2.Transport.ValueType = ...,
+        refusals: _abc.Iterable[_types_pb2.TransportRefusal] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "handoff_bytes", b"handoff_bytes", "handoff_s", b"handoff_s", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "handoff_bytes", b"handoff_bytes", "handoff_s", b"handoff_s", "refusals", b"refusals", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

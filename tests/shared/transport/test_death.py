@@ -1,13 +1,22 @@
 """A prefill worker's process is killed: SIGKILL, no word of farewell."""
 
 import asyncio
+import json
+import os
 import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+from google.protobuf.json_format import MessageToDict
 from tandem.v1 import types_pb2
 
 from shared import rpc
 from tests.shared.transport.fake_cuda import FakeCuda
+
+ROOT = Path(__file__).parents[3]
 
 
 def free_port() -> int:
@@ -137,3 +146,37 @@ async def test_descriptors_and_mappings_return_to_the_start(start_exporter, impo
     # gRPC closes the sockets of a channel some time after it says so
     await until(lambda: len(held()[0]) <= len(start[0]))
     assert held()[1] == start[1]
+
+
+@pytest.mark.parametrize("way", MAPPED)
+async def test_a_killed_decode_worker_leaves_nothing_with_prefill(serve, importing, layout, held, way):
+    """SIGKILL in the middle of its copies: prefill hears of it from the kernel, and may free the pool at once."""
+    export = WAYS[way][1]
+    served = await serve(**({"cuda": FakeCuda(), "export": export} if export else {}))
+    served.exporter.open_export("x", range(1, 32))
+    extent = await served.exporter.extent("x", range(1, 32), 0, 31 * layout.block_tokens)
+    before = held()
+    options = {
+        "layout": asdict(layout),
+        "num_blocks": 32,
+        "on_device": export is not None,
+        "extent": MessageToDict(extent, preserving_proto_field_name=True),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("importer_process.py")), json.dumps(options)]
+    with subprocess.Popen(  # noqa: ASYNC220 - forks and execs at once
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as process:
+        try:
+            assert await asyncio.to_thread(process.stdout.readline) == "copied\n"
+            assert len(held()[0]) > len(before[0])  # its connections
+        finally:
+            process.kill()
+    await until(lambda: len(held()[0]) <= len(before[0]))
+    async with asyncio.timeout(1):
+        await served.exporter.release()
+    # another one takes its place
+    again = await serve(**({"cuda": FakeCuda(), "export": export} if export else {}))
+    decode = importing(**device(export))
+    again.exporter.open_export("x", [1])
+    await decode.copy(await again.exporter.extent("x", [1], 0, layout.block_tokens), [1])
+    assert decode.block(1) == again.block(1)
