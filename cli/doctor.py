@@ -8,7 +8,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.markup import escape
 
-from shared.doctor import examine
+from shared.doctor.host import examine
 
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kernels.cpu import library
-from shared.doctor import Finding, examine
+from shared.doctor.host import Finding, examine
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
