@@ -32,12 +32,17 @@ class Listed:
     """An address of the configuration. role: gateway, prefill or decode."""
 
     role: str
+    target: str  # as it is configured
     address: str  # host:port, its name resolved
 
     @property
     def key(self) -> str:
         """Where the configuration has it, below `gateway`."""
         return "port" if self.role == "gateway" else f"{self.role}_workers"
+
+    @property
+    def is_version_6(self) -> bool:
+        return self.address.startswith("[")
 
     def __str__(self) -> str:
         return f"{self.role if self.role == 'gateway' else f'{self.role} worker'} {self.address}"
@@ -53,11 +58,11 @@ class Answer:
     failure: grpc.aio.AioRpcError | None = None
 
 
-async def cluster(surroundings: Surroundings, *, must_answer: bool = True) -> list[Finding]:
+async def cluster(surroundings: Surroundings, *, must_answer: bool = True, answer_s: float = ANSWER_S) -> list[Finding]:
     """must_answer: whether a cluster of which nobody answers is an error; else it is none, and there is no finding."""
     config = surroundings.config
     listed, unknown = await _resolve(config)
-    answers = await asyncio.gather(*(_ask(each, config.auth.cluster_key) for each in listed))
+    answers = _reached(await asyncio.gather(*(_ask(each, config.auth.cluster_key, answer_s) for each in listed)))
     heard = [answer for answer in answers if not _is_silent(answer)]
     if not heard and not must_answer:
         return []
@@ -79,27 +84,40 @@ async def _resolve(config: TandemConfig) -> tuple[list[Listed], list[Finding]]:
         try:
             found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
         except (OSError, ValueError) as refused:
-            key = Listed(role, target).key
+            key = Listed(role, target, target).key
             text = f"gateway.{key} names {target}, and that is no address: {refused}"
             unknown.append(error("answers", "address unknown", text, key=key, host=host))
             continue
         addresses = sorted({(f"[{name[0]}]" if ":" in str(name[0]) else f"{name[0]}") for *_, name in found})
-        listed += [Listed(role, f"{address}:{port}") for address in addresses]
+        listed += [Listed(role, target, f"{address}:{port}") for address in addresses]
     return listed, unknown
 
 
-async def _ask(listed: Listed, key: SecretStr | None) -> Answer:
+async def _ask(listed: Listed, key: SecretStr | None, answer_s: float) -> Answer:
     async with connect(listed.address, interceptors=send_key(key)) as channel:
         try:
             health: Any = health_pb2_grpc.HealthStub(channel)
-            check = await health.Check(health_pb2.HealthCheckRequest(), timeout=ANSWER_S)
+            check = await health.Check(health_pb2.HealthCheckRequest(), timeout=answer_s)
             serving = check.status == _SERVING
             if listed.role == "gateway":
                 return Answer(listed, serving)
             service: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(channel)  # type: ignore[assignment]
-            return Answer(listed, serving, await service.GetInfo(worker_pb2.GetInfoRequest(), timeout=ANSWER_S))
+            return Answer(listed, serving, await service.GetInfo(worker_pb2.GetInfoRequest(), timeout=answer_s))
         except grpc.aio.AioRpcError as failure:
             return Answer(listed, failure=failure)
+
+
+def _reached(answers: Sequence[Answer]) -> list[Answer]:
+    """Without the silent addresses of a name's one family where those of its other family answer: such a name, as
+    localhost is, has two addresses for each worker, and the worker need not listen on both."""
+    families = {(each.listed.target, each.listed.is_version_6) for each in answers if not _is_silent(each)}
+    return [
+        each
+        for each in answers
+        if not _is_silent(each)
+        or (each.listed.target, each.listed.is_version_6) in families
+        or (each.listed.target, not each.listed.is_version_6) not in families
+    ]
 
 
 def _is_silent(answer: Answer) -> bool:

@@ -83,7 +83,8 @@ def _cache(surroundings: Surroundings) -> Path | None:
 
 def _cannot_write(folder: Path) -> str | None:
     """Why nothing can be written to a folder, or to the one that it would be made in. Looking leaves nothing."""
-    place = next(path for path in (folder, *folder.parents) if path.exists())
+    # unlike Path.exists it takes a folder that cannot be looked into for one that is not there
+    place = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     try:
         with tempfile.TemporaryFile(dir=place):
             return None

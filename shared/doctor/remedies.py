@@ -65,7 +65,9 @@ REMEDIES: dict[str, str] = {
         "Kubernetes: raise LimitNOFILE of the node's container runtime\n"
         "a shell: ulimit -n {nofile}"
     ),
-    "few processes": "{settings:processes}\nKubernetes: raise podPidsLimit in the kubelet's configuration",
+    "few processes": (
+        "{settings:processes}\nKubernetes: raise podPidsLimit in the kubelet's configuration\na shell: ulimit -u {pids}"
+    ),
     "little locked memory": "{settings:locked memory}\nKubernetes: raise LimitMEMLOCK of the node's container runtime",
     # GPU
     "no nvidia-ml-py": "{python} -m pip install nvidia-ml-py",

@@ -49,7 +49,7 @@ def socket_folder(surroundings: Surroundings) -> Iterator[Finding]:
         text = f"{folder}: a socket's path there has {length} bytes, and the kernel takes {LONGEST_PATH}"
         yield fault(severe, CHECK, "socket path too long", f"{text}; KV blocks go over gRPC instead")
         return
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         asyncio.run(_hand_over(config.transport.socket_dir))
     except OSError as refused:
@@ -101,5 +101,5 @@ def _has_remote_workers(config: TandemConfig) -> bool:
 
 def _is_of_the_container(surroundings: Surroundings, folder: Path) -> bool:
     """Whether it lies on the container's own file system, not on a volume."""
-    place = next(path for path in (folder, *folder.parents) if path.exists())
+    place = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     return surroundings.config.transport.socket_dir is None or place.stat().st_dev == surroundings.root.stat().st_dev
