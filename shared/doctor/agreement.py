@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import product
 
 from tandem.v1 import types_pb2, worker_pb2
 
 from shared.config import TandemConfig
 from shared.doctor.finding import Finding, error, ok, warning
-from shared.transport.wire import LAYOUT_FIELDS, TRANSPORTS, describe
+from shared.rpc import RpcError
+from shared.transport.wire import CUDA_IPC, TRANSPORTS, check_layouts, describe
 
-_ROLES = {worker_pb2.WORKER_ROLE_PREFILL: "prefill", worker_pb2.WORKER_ROLE_DECODE: "decode"}
+PREFILL, DECODE = worker_pb2.WORKER_ROLE_PREFILL, worker_pb2.WORKER_ROLE_DECODE
+_ROLES = {PREFILL: "prefill", DECODE: "decode"}
 # What a prefill worker answers one of another host (exporter.py): no transport of one host can be had between them.
 _ELSEWHERE = "the workers run on different hosts"
 
@@ -22,7 +25,7 @@ def agreements(config: TandemConfig, infos: Infos, digest: str | None) -> Iterat
     if infos:
         yield from _roles(infos)
         yield from _models(config, infos, digest)
-        yield from _layouts(infos)
+        yield from _layouts(config, infos)
         yield from _versions(infos)
         yield from _transports(config, infos)
 
@@ -49,17 +52,18 @@ def _models(config: TandemConfig, infos: Infos, digest: str | None) -> Iterator[
         yield ok("models", f"all serve {next(iter(found))}{', as the files here' if digest else ''}")
 
 
-def _layouts(infos: Infos) -> Iterator[Finding]:
-    fields = [name for name in LAYOUT_FIELDS if name not in ("digest", "model_digest")]
-    differing = {field: found for field in fields if len(found := _by(_field(infos, field))) > 1}
-    if differing:
-        text = "; ".join(f"{field}: {_listed(found)}" for field, found in differing.items())
-        names = ", ".join(f"`{field}`" for field in differing)
-        yield error(
-            "layouts", "layouts differ", f"blocks cannot be handed over, for their layouts differ: {text}", fields=names
-        )
-    else:
-        yield ok("layouts", "blocks of all pools are laid out alike")
+def _layouts(config: TandemConfig, infos: Infos) -> Iterator[Finding]:
+    amiss = False
+    for (prefill, source), (decode, target) in product(_of(infos, PREFILL), _of(infos, DECODE)):
+        if source.layout.model_digest != target.layout.model_digest:
+            continue  # other blocks altogether, which the check of models tells
+        try:
+            check_layouts(source.layout, target.layout, converts_dtype=config.transport.convert_dtype)
+        except RpcError as refused:
+            amiss = True
+            yield error("layouts", "layouts differ", f"{prefill} and {decode} hand nothing over: {refused.message}")
+    if not amiss:
+        yield ok("layouts", "every decode worker can take the blocks of every prefill worker")
 
 
 def _versions(infos: Infos) -> Iterator[Finding]:
@@ -74,33 +78,32 @@ def _versions(infos: Infos) -> Iterator[Finding]:
 
 
 def _transports(config: TandemConfig, infos: Infos) -> Iterator[Finding]:
-    prefill = {name: info for name, info in infos.items() if info.role == worker_pb2.WORKER_ROLE_PREFILL}
-    for name, info in infos.items():
-        if info.role != worker_pb2.WORKER_ROLE_DECODE:
-            continue
-        peers = {peer.worker_id: peer for peer in info.peers}
-        for other, described in prefill.items():
-            if (peer := peers.get(described.worker_id)) is None:
-                text = f"{name} has not shaken hands with {other}, and takes no KV blocks from it yet"
-                yield warning("transports", "no handshake", text)
-            else:
-                yield _transport(config, f"{name} and {other}", peer)
+    for (prefill, source), (decode, target) in product(_of(infos, PREFILL), _of(infos, DECODE)):
+        peer = next((peer for peer in target.peers if peer.worker_id == source.worker_id), None)
+        if peer is None:
+            text = f"{decode} has not shaken hands with {prefill}, and takes no KV blocks from it yet"
+            yield warning("transports", "no handshake", text)
+        else:
+            on_gpus = source.device.startswith("cuda") and target.device.startswith("cuda")
+            yield _transport(config, f"{decode} and {prefill}", peer, on_gpus)
 
 
-def _transport(config: TandemConfig, pair: str, peer: worker_pb2.Peer) -> Finding:
+def _transport(config: TandemConfig, pair: str, peer: worker_pb2.Peer, on_gpus: bool) -> Finding:
     name = types_pb2.Transport.Name(peer.transport).removeprefix("TRANSPORT_").lower()
-    why = describe(peer.refusals)
     if config.transport.require and peer.transport < TRANSPORTS[config.transport.require]:
-        text = f"{pair} hand over by {name}, and transport.require is {config.transport.require}: {why}"
-        return error("transports", "below transport.require", text, transport=name)
-    if any(refusal.reason != _ELSEWHERE for refusal in peer.refusals):
-        # the settings that mend it most often are those of the folder of sockets
-        return warning("transports", "slower transport", f"{pair} hand over by {name}, for {why}")
-    return ok("transports", f"{pair} hand over by {name}{f' ({why})' if peer.refusals else ''}")
+        text = f"{pair} hand over by {name}, and transport.require is {config.transport.require}"
+        return error("transports", "below transport.require", f"{text}: {describe(peer.refusals)}", transport=name)
+    # what two hosts, or pools that are not on GPUs, cannot have is not amiss
+    amiss = [r for r in peer.refusals if r.reason != _ELSEWHERE and (on_gpus or r.transport != CUDA_IPC)]
+    if amiss:
+        # most often mended by the settings of the folder of sockets
+        return warning("transports", "slower transport", f"{pair} hand over by {name}, for {describe(amiss)}")
+    return ok("transports", f"{pair} hand over by {name}{f' ({describe(peer.refusals)})' if peer.refusals else ''}")
 
 
-def _field(infos: Infos, field: str) -> dict[str, str]:
-    return {name: str(getattr(info.layout, field)) for name, info in infos.items()}
+def _of(infos: Infos, role: worker_pb2.WorkerRole.ValueType) -> list[tuple[str, worker_pb2.GetInfoResponse]]:
+    """The workers that say that they have the role."""
+    return [(name, info) for name, info in infos.items() if info.role == role]
 
 
 def _by(values: Mapping[str, str]) -> dict[str, list[str]]:

@@ -49,7 +49,7 @@ def temporary_folder(_: Surroundings) -> Iterator[Finding]:
 
 def namespaces(surroundings: Surroundings) -> Iterator[Finding]:
     """What a pool on a GPU can be handed over by."""
-    if not surroundings.may_use_gpu or surroundings.cuda_export == "descriptor":
+    if not surroundings.may_use_gpu or surroundings.config.transport.cuda_export == "descriptor":
         how = "pools are handed over as descriptors: workers need a folder of sockets in common, and no namespace"
         yield ok("namespaces", how)
         return

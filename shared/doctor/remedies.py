@@ -107,7 +107,9 @@ REMEDIES: dict[str, str] = {
     "not serving": "its log says why; a worker that drains, or whose engine hangs, takes no request: start it again",
     "models differ": "start every process with the same `model` and `quantization`",
     "model differs here": "give this host the workers' `model`, `quantization` and `served_name`",
-    "layouts differ": "start every worker with one configuration and one version of Tandem: it is {fields} that differ",
+    "layouts differ": (
+        "start both with the same `dtype` and kv_dtype, or let decode convert:\n  transport:\n    convert_dtype: true"
+    ),
     "versions differ": "run one image, or one checkout with `make setup`, everywhere",
     "no handshake": "start the gateway, which lets each pair shake hands; its log says why one could not",
     "slower transport": "mend what is named; for containers on one host:\n{settings:socket folder}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import mmap
 import os
@@ -16,8 +15,7 @@ from pathlib import Path
 from shared.config import TandemConfig
 from shared.doctor.finding import Finding, fault, ok, warning
 from shared.doctor.surroundings import Surroundings
-from shared.transport.descriptor_socket import LONGEST_PATH, DescriptorServer
-from shared.transport.mapping import Mapping
+from shared.transport.descriptor_socket import LONGEST_PATH, DescriptorServer, attach
 from shared.transport.pool_memory import PoolMemory
 
 CHECK = "socket folder"
@@ -83,15 +81,28 @@ async def _hand_over(folder: Path | None) -> None:
         epoch = secrets.randbits(63)
         server = DescriptorServer(memory.read_only_fd(), epoch, memory.num_bytes, folder)
         try:
-            mapping = await asyncio.to_thread(Mapping, str(server.path), epoch, memory.num_bytes)
-            seen = ctypes.string_at(mapping.address, len(_MARK))
-            mapping.close()
+            seen = await asyncio.to_thread(_read, str(server.path), epoch, memory.num_bytes)
             if seen != _MARK:
                 raise OSError("other bytes were mapped than were written")
         finally:
             server.close()
     finally:
         memory.close()
+
+
+def _read(path: str, epoch: int, num_bytes: int) -> bytes:
+    """The first bytes of what is passed there, mapped as mapping.py does, which loads torch."""
+    fd, lifeline = attach(path, epoch, num_bytes)
+    try:
+        if fd is None:
+            raise OSError(f"{path} passed no descriptor")
+        try:
+            with mmap.mmap(fd, num_bytes, prot=mmap.PROT_READ) as memory:
+                return memory[: len(_MARK)]
+        finally:
+            os.close(fd)
+    finally:
+        lifeline.close()
 
 
 def _has_remote_workers(config: TandemConfig) -> bool:

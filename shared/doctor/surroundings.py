@@ -47,11 +47,6 @@ class Surroundings:
         return self.config.device != "cpu"
 
     @property
-    def cuda_export(self) -> str:
-        """How a pool on a GPU is handed over: by descriptor, or by a handle of CUDA's older calls."""
-        return getattr(self.config.transport, "cuda_export", "descriptor")
-
-    @property
     def gpu_nodes(self) -> list[str]:
         """The device nodes of NVIDIA GPUs, such as nvidia0."""
         return sorted(path.name for path in self.dev.glob("nvidia[0-9]*"))

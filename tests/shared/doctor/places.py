@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,13 +24,9 @@ HOST_NAMESPACES = {"pid": 0xEFFFFFFC, "ipc": 0xEFFFFFFF}
 PLENTY = "MemTotal: 64000000 kB\nMemAvailable: 60000000 kB\nCommitLimit: 64000000 kB\nCommitted_AS: 1000 kB\nPages: 0\n"
 
 
-def config_of(*assignments: str, cuda_export: str | None = None) -> TandemConfig:
+def config_of(*assignments: str) -> TandemConfig:
     """The default configuration with these keys of --set."""
-    config = load_config(overrides=parse_overrides(assignments))
-    if cuda_export is None:
-        return config
-    transport: Any = SimpleNamespace(**{**dict(config.transport), "cuda_export": cuda_export})
-    return config.model_copy(update={"transport": transport})
+    return load_config(overrides=parse_overrides(assignments))
 
 
 def write(root: Path, files: Mapping[str, str]) -> Path:
@@ -52,7 +47,6 @@ def host(
     files: Mapping[str, str] | None = None,
     environment: Mapping[str, str] | None = None,
     nvml: Any = None,
-    cuda_export: str | None = None,
     import_path: Sequence[str] | None = None,
 ) -> Surroundings:
     """A host with nothing amiss, made of files in `folder`; `files` are written over its own."""
@@ -61,7 +55,7 @@ def host(
     write(folder, {**links, **plain, "sys/fs/cgroup/cgroup.controllers": "cpu memory pids\n", **(files or {})})
     (folder / "dev").mkdir(exist_ok=True)
     return Surroundings(
-        config_of(*assignments, cuda_export=cuda_export),
+        config_of(*assignments),
         environment=environment or {},
         root=folder,
         proc=folder / "proc",
@@ -90,7 +84,6 @@ def examine_under(
     *command: str,
     script: str = "",
     assignments: Sequence[str] = (),
-    cuda_export: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> list[Finding]:
     """What a doctor finds that `command` starts. script: Python that it runs first."""
@@ -100,7 +93,7 @@ def examine_under(
             "from tests.shared.doctor.places import config_of",
             "from shared.doctor.examination import examine",
             "from shared.doctor.surroundings import Surroundings",
-            f"surroundings = Surroundings(config_of(*{list(assignments)!r}, cuda_export={cuda_export!r}))",
+            f"surroundings = Surroundings(config_of(*{list(assignments)!r}))",
             script,
             "groups = examine(surroundings)",
             "print(json.dumps([dataclasses.asdict(finding) for group in groups.values() for finding in group]))",

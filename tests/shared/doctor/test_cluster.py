@@ -66,7 +66,7 @@ async def running(tiny_model: Callable[[str], Path], listening: str) -> AsyncIte
     async with Cluster(model=str(model), settings={"threads": 1}) as service:
         slow, odd = await asyncio.gather(
             service.add_prefill({"transport.disable": ["shared_memory"]}),
-            service.add_decode({"block_tokens": 32, "quantization": "int8", "auth.cluster_key": KEY}),
+            service.add_decode({"dtype": "float32", "served_name": "odd", "auth.cluster_key": KEY}),
         )
         decode: Any = decode_pb2_grpc.DecodeServiceStub(service.channel(service.decode[0].grpc))
         await decode.Connect(decode_pb2.ConnectRequest(kv_endpoint=slow.grpc))
@@ -129,12 +129,14 @@ async def test_workers_that_do_not_fit_each_other(running: Running) -> None:
     assert {finding.kind for finding in findings if finding.kind} == PROVOKED_BY_PAIRS
     models = the(findings, "models differ")
     assert models.level == "error"
-    assert running.odd.grpc in models.message
+    assert f"at decode worker {running.odd.grpc}" in models.message
+    assert "odd (" in models.message
     assert "`quantization`" in models.remedy
     layouts = the(findings, "layouts differ")
     assert layouts.level == "error"
-    assert "block_tokens: 16 at " in layouts.message
-    assert "`block_tokens`" in layouts.remedy
+    assert f"prefill worker {running.slow.grpc} and decode worker {running.odd.grpc} hand nothing" in layouts.message
+    assert "dtype is 'bfloat16' on prefill and 'float32' on decode" in layouts.message
+    assert "convert_dtype: true" in layouts.remedy
     handshake = the(findings, "no handshake")
     assert handshake.level == "warning"
     assert running.odd.grpc in handshake.message

@@ -78,8 +78,7 @@ def contained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Finding
             *("prlimit", "--nofile=1024", "--memlock=65536"),
             *namespaces,
             *read_only,
-            assignments=["device=cuda", f"transport.socket_dir={folder}"],
-            cuda_export="handle",
+            assignments=["device=cuda", "transport.cuda_export=handle", f"transport.socket_dir={folder}"],
             environment={"HOME": "/root", "XDG_CACHE_HOME": "", "TMPDIR": ""},
         )
 
@@ -127,8 +126,8 @@ def test_a_container_with_nothing_amiss(tmp_path: Path) -> None:
 
 
 def test_the_namespaces_of_a_host_are_shared(tmp_path: Path) -> None:
-    folder = f"transport.socket_dir={tmp_path}"
-    assert level_of(container.namespaces(host(tmp_path / "a", folder, cuda_export="handle")), "namespaces") == "ok"
+    settings = (f"transport.socket_dir={tmp_path}", "transport.cuda_export=handle", "device=cuda")
+    assert level_of(container.namespaces(host(tmp_path / "a", *settings)), "namespaces") == "ok"
     own = {"proc/self/ns/pid": "->pid:[1]", "proc/self/ns/ipc": "->ipc:[1]"}
     descriptor = host(tmp_path / "b", "device=cuda", files=own)
     assert level_of(container.namespaces(descriptor), "namespaces") == "ok"
