@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import SecretStr
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 
+from shared.address import bracketed
 from shared.auth import send_key
 from shared.config import TandemConfig
 from shared.doctor.agreement import agreements
@@ -74,7 +75,7 @@ async def cluster(surroundings: Surroundings, *, must_answer: bool = True, answe
 async def _resolve(config: TandemConfig) -> tuple[list[Listed], list[Finding]]:
     """Every address that the configured names stand for, and a finding for each name that nobody knows."""
     gateway = config.gateway
-    targets = [("gateway", f"{_EVERYWHERE.get(gateway.host, gateway.host)}:{gateway.port}")]
+    targets = [("gateway", f"{bracketed(_EVERYWHERE.get(gateway.host, gateway.host))}:{gateway.port}")]
     targets += [("prefill", target) for target in gateway.prefill_workers]
     targets += [("decode", target) for target in gateway.decode_workers]
     listed: list[Listed] = []
@@ -83,12 +84,12 @@ async def _resolve(config: TandemConfig) -> tuple[list[Listed], list[Finding]]:
         host, _, port = target.rpartition(":")
         try:
             found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        except (OSError, ValueError) as refused:
+        except (OSError, UnicodeError) as refused:  # UnicodeError: what cannot be a name at all
             key = Listed(role, target, target).key
             text = f"gateway.{key} names {target}, and that is no address: {refused}"
             unknown.append(error("answers", "address unknown", text, key=key, host=host))
             continue
-        addresses = sorted({(f"[{name[0]}]" if ":" in str(name[0]) else f"{name[0]}") for *_, name in found})
+        addresses = sorted({bracketed(str(name[0])) for *_, name in found})
         listed += [Listed(role, target, f"{address}:{port}") for address in addresses]
     return listed, unknown
 

@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from shared.transport.descriptor_socket import LONGEST_PATH, DescriptorServer, a
 from shared.transport.pool_memory import PoolMemory
 
 CHECK = "socket folder"
-_NAME_BYTES = len("/0123456789abcdef.sock.new")  # that a worker makes in it
+_NAME_BYTES = len("/0123456789abcdef.cuda.sock.new")  # the longest that a worker makes in it
 _MARK = b"tandem doctor"
 # Of the folder itself; None: it is not this user's own. EPERM is a file system's that knows no sockets.
 _FOLDER_ERRORS = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, None)
@@ -34,8 +35,9 @@ def folder_of(config: TandemConfig) -> Path:
 def socket_folder(surroundings: Surroundings) -> Iterator[Finding]:
     config = surroundings.config
     severe = config.transport.require not in (None, "inline")
-    if "shared_memory" in config.transport.disable:
-        yield ok(CHECK, "not needed: transport.disable names shared_memory")
+    wanted = {"shared_memory", "cuda_ipc"} if surroundings.may_use_gpu else {"shared_memory"}
+    if wanted <= set(config.transport.disable):
+        yield ok(CHECK, f"not needed: transport.disable names {' and '.join(sorted(wanted))}")
         return
     try:
         folder = folder_of(config)
@@ -61,7 +63,8 @@ def socket_folder(surroundings: Surroundings) -> Iterator[Finding]:
         for path in missing:  # looking leaves nothing
             with contextlib.suppress(OSError):
                 path.rmdir()
-    if folder.is_dir() and folder.stat().st_mode & 0o022:
+    mode = folder.stat().st_mode if folder.is_dir() else 0
+    if mode & 0o022 and not mode & stat.S_ISVTX:  # in a sticky folder each removes but his own
         text = f"{folder} can be written to by others, who can remove the workers' sockets"
         yield warning(CHECK, "socket folder open to others", text, folder=folder)
     if surroundings.in_container and _has_remote_workers(config) and _is_of_the_container(surroundings, folder):

@@ -182,8 +182,10 @@ def test_a_handoff_that_is_required_is_an_error(tmp_path: Path) -> None:
     finding = the(socket_folder(surroundings), "socket folder unusable")
     assert finding.level == "error"
     assert f"install -d -m 700 -o {os.geteuid()} {tmp_path / 'file'}" in finding.remedy
-    disabled = host(tmp_path / "b", f"transport.socket_dir={tmp_path / 'file'}", "transport.disable=shared_memory")
-    assert level_of(socket_folder(disabled), "socket folder") == "ok"
+    disabled = (f"transport.socket_dir={tmp_path / 'file'}", "transport.disable=shared_memory")
+    assert level_of(socket_folder(host(tmp_path / "b", *disabled, "device=cpu")), "socket folder") == "ok"
+    on_gpu = socket_folder(host(tmp_path / "c", *disabled, "device=cuda"))
+    assert the(on_gpu, "socket folder unusable").level == "warning", "pools on GPUs are passed there too"
 
 
 def test_looking_at_the_shared_cores_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
