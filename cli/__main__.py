@@ -152,11 +152,19 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Say what of this machine decides how fast it serves, and how to mend what is amiss."""
+def doctor(
+    config: ConfigPath = None,
+    settings: Settings = None,
+    cluster: Annotated[
+        bool | None,
+        typer.Option("--cluster/--no-cluster", help="ask the running processes too; default: if they answer"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is amiss on this host, in its container, with its GPUs and in the cluster, and how to mend it."""
     from cli.doctor import run
 
-    raise typer.Exit(run(as_json=as_json))
+    raise typer.Exit(run(config, settings or (), ask_cluster=cluster, as_json=as_json))
 
 
 @models.command("pull")

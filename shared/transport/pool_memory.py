@@ -12,9 +12,10 @@ import errno
 import fcntl
 import mmap
 import os
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Linux 5.1: no new writable mapping and no write() by anyone; our own mapping stays writable. Not in Python's fcntl.
 F_SEAL_FUTURE_WRITE = 0x0010
@@ -53,6 +54,8 @@ class PoolMemory:
     @property
     def tensor(self) -> Tensor:
         """The bytes as uint8 [num_bytes]."""
+        import torch  # `tandem doctor` makes such memory too, and loads no torch
+
         return torch.frombuffer(self.buffer, dtype=torch.uint8)
 
     def mark(self) -> int:

@@ -1,0 +1,74 @@
+"""What the configuration takes of a host, as far as it can be told without reading the weights: at least so much."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.config import TandemConfig
+from shared.model_files import ModelError
+from shared.model_source import folder_bytes
+from shared.model_store import ModelStore
+
+MIB = 1 << 20
+# of a worker before its pool and its weights: Python, torch and the ops
+_WORKER_BYTES = 200 * MIB
+# of a process, beside its ops' threads: gRPC, asyncio's executor, copies
+_PROCESS_THREADS = 48
+FEW_FILES = 4096
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Bytes of host memory: of the weights, which the workers of a host share, and of one worker of each role."""
+
+    weights_bytes: int  # 0 where the model is not here or its weights go to the GPU
+    prefill_bytes: int
+    decode_bytes: int
+    num_prefill: int
+    num_decode: int
+    threads: int  # and processes, of all roles together
+    files: int  # open descriptors of the process that has most
+
+    @classmethod
+    def of(cls, config: TandemConfig) -> Demand:
+        """A pool that is given in blocks counts as nothing: what a block takes depends on the model."""
+        prefill, decode, workers = config.prefill, config.decode, config.up.prefill + config.up.decode
+        ops = config.threads or len(os.sched_getaffinity(0))
+        return cls(
+            weights_bytes=0 if config.device == "cuda" else _weights_bytes(config.model),
+            prefill_bytes=_WORKER_BYTES + (0 if prefill.num_blocks else prefill.kv_memory_mib * MIB),
+            decode_bytes=_WORKER_BYTES
+            + (0 if decode.num_blocks else decode.kv_memory_mib * MIB)
+            + decode.swap_memory_mib * MIB * (decode.preemption == "swap"),
+            num_prefill=config.up.prefill,
+            num_decode=config.up.decode,
+            threads=workers * (ops + _PROCESS_THREADS) + _PROCESS_THREADS,
+            # a client may hold a connection for each request, and a worker one to each of its peers
+            files=max(FEW_FILES, 2 * (config.gateway.max_running + config.gateway.max_queued)),
+        )
+
+    @property
+    def smallest_bytes(self) -> int:
+        """One worker, of the role that takes less."""
+        return self.weights_bytes + min(self.prefill_bytes, self.decode_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything that `tandem up` starts."""
+        return self.weights_bytes + self.num_prefill * self.prefill_bytes + self.num_decode * self.decode_bytes
+
+
+def mib(num_bytes: float) -> str:
+    return f"{num_bytes / MIB:,.0f} MiB"
+
+
+def _weights_bytes(model: str) -> int:
+    try:
+        return ModelStore().show(model).num_bytes
+    except ModelError:
+        path = Path(model).expanduser()
+    if path.is_dir():
+        return folder_bytes(path)
+    return path.stat().st_size if path.is_file() else 0
