@@ -9,7 +9,7 @@ ARGS ?=
 # the caller's own environment must not leak into ours
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup setup-dev serve test test-slow check bench bench-ops bench-quality bench-peers protos kernel-report gpu-check clean distclean
+.PHONY: help setup setup-dev serve test test-slow check compose-check bench bench-ops bench-quality bench-peers protos kernel-report gpu-check clean distclean
 
 help: ## show this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ test: setup-dev ## run every test that this machine can run
 test-slow: setup-dev ## run the tests that take minutes
 	@exec $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
-check: setup-dev ## lint, format, types, contracts, stubs up to date, import rules
+check: setup-dev compose-check ## lint, format, types, contracts, stubs up to date, import rules, container files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -38,6 +38,11 @@ check: setup-dev ## lint, format, types, contracts, stubs up to date, import rul
 	$(BIN)/buf breaking --against ".git#ref=$$(git describe --tags --abbrev=0 2>/dev/null || echo HEAD)"
 	tools/protos --check
 	$(BIN)/python -m pytest -q tests/test_layout.py tests/test_protos.py
+
+compose-check: setup-dev ## the Dockerfile and compose.yaml against their rules; needs no docker
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/python -m pytest -q tests/test_compose.py
 
 bench: setup ## measure the four standard workloads on the default model
 	@exec $(BIN)/python -m benchmarks $(ARGS)

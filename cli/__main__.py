@@ -152,6 +152,18 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command()
+def health(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="of a gateway or a worker")],
+    service: Annotated[str, typer.Option(help="one gRPC service; default: all of the process")] = "",
+    timeout: Annotated[float, typer.Option(help="seconds to wait for the answer")] = 3.0,
+) -> None:
+    """Ask a process whether it serves; the exit status is 0 if it does, else 1."""
+    from cli.health import run
+
+    raise typer.Exit(run(address, service=service, timeout_s=timeout))
+
+
+@app.command()
 def doctor(
     config: ConfigPath = None,
     settings: Settings = None,

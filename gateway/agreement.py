@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from tandem.v1 import kv_pb2, worker_pb2
+from collections.abc import Iterable
+
+from tandem.v1 import worker_pb2
 
 from shared.rpc import RpcError, mismatch
+from shared.transport.wire import FIXED_FIELDS, LAYOUT_FIELDS
 
 
 def disagreement(
@@ -12,11 +15,12 @@ def disagreement(
     role: worker_pb2.WorkerRole.ValueType,
     model: str,
     model_digest: str,
-    layout: kv_pb2.KvLayout | None,
+    others: Iterable[worker_pb2.GetInfoResponse],
 ) -> RpcError | None:
     """FAILED_PRECONDITION naming the first field in which a worker differs from what is expected, None if it fits.
 
-    layout: of another worker of its role, if there is one. Whether prefill's fits decode's is theirs to say.
+    others: workers that fit. Those of one role have one layout; between roles some fields may differ, and whether the
+    two can hand over all the same is theirs to say.
     """
     expected_role = worker_pb2.WorkerRole.Name(role)
     if info.role != role:
@@ -31,8 +35,9 @@ def disagreement(
             f"the gateway's model files and quantization give {model_digest[:12]}…, "
             f"the worker's {info.layout.model_digest[:12]}…",
         )
-    for field in kv_pb2.KvLayout.DESCRIPTOR.fields if layout is not None else ():
-        theirs, ours = getattr(info.layout, field.name), getattr(layout, field.name)
-        if theirs != ours:
-            return mismatch(f"layout.{field.name}", f"the others of its role have {ours!r}, this one {theirs!r}")
+    for other in others:
+        for field in LAYOUT_FIELDS if other.role == role else FIXED_FIELDS:
+            theirs, ours = getattr(info.layout, field), getattr(other.layout, field)
+            if theirs != ours:
+                return mismatch(f"layout.{field}", f"the other workers have {ours!r}, this one {theirs!r}")
     return None

@@ -229,16 +229,15 @@ class Workers:
 
     async def _describe(self, worker: Worker, info: worker_pb2.GetInfoResponse) -> None:
         # compared with those that are there: all of them may come back with another layout
-        known = next((other.info.layout for other in self._all if other.info), None)
-        alike = next((other.info.layout for other in self._all if other.info and other.role == worker.role), None)
-        fault = disagreement(info, worker.role, self._model.name, self._model.digest, alike)
+        known = [other.info for other in self._all if other.info]
+        fault = disagreement(info, worker.role, self._model.name, self._model.digest, known)
         if fault is not None:
             if worker.fault is None or worker.fault.message != fault.message:
                 log.error("%s is not used: %s", worker, fault.message)
             worker.fault = fault
             self.changes.announce()
             return
-        if known is None:
+        if not known:
             self._reference = info
         worker.info, worker.fault = info, None
         others = [other for other in self._all if other.info and other.role != worker.role]
