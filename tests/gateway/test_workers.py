@@ -13,12 +13,13 @@ from tandem.v1 import types_pb2
 
 from gateway.workers import StartError
 from shared.rpc import RpcError
+from shared.transport.wire import FIXED_FIELDS
 from tests.scripted_scene import Scene, request, scene_of
 from tests.scripted_workers import TOKENIZER, Conversation, ScriptedDecode, ScriptedPrefill
 
 PROMPT = TOKENIZER.encode("hello world")
 LAYOUT_FIELDS = {
-    "contract_version": 2,
+    "contract_version": 3,
     "dtype": "bfloat16",
     "num_layers": 3,
     "num_kv_heads": 2,
@@ -26,6 +27,7 @@ LAYOUT_FIELDS = {
     "block_tokens": 8,
     "order": "layers,blocks",
     "digest": "other",
+    "first_kv_head": 1,
 }
 
 
@@ -40,11 +42,23 @@ async def start_error(prepare: Callable[[Scene], None], **options: Any) -> str:
 
 
 @pytest.mark.parametrize("field", LAYOUT_FIELDS)
-async def test_each_field_of_the_layout_must_agree(field: str) -> None:
+async def test_each_field_of_the_layout_must_agree_within_a_role(field: str) -> None:
+    def prepare(scene: Scene) -> None:
+        scene.prefills[1].layout = {field: LAYOUT_FIELDS[field]}
+
+    assert f"layout.{field}: " in await start_error(prepare, prefill=2)
+
+
+@pytest.mark.parametrize("field", LAYOUT_FIELDS)
+async def test_between_roles_what_is_converted_may_differ(field: str) -> None:
     def prepare(scene: Scene) -> None:
         scene.prefill.layout = {field: LAYOUT_FIELDS[field]}
 
-    assert f"layout.{field}: " in await start_error(prepare)
+    if field in FIXED_FIELDS:
+        assert f"layout.{field}: " in await start_error(prepare)
+    else:
+        async with scene_of(prepare=prepare) as scene:
+            assert (await scene.collect(request("hello world"))).last.receipt.attempts == 1
 
 
 @pytest.mark.parametrize("which", ["prefill", "decode"])
