@@ -25,7 +25,6 @@ SETTINGS = {
     "decode.max_running": 8,
     "threads": 1,
     "drain_s": 0.2,
-    "gateway.max_attempts": 12,
 }
 # (tokens of the prompt, tokens generated): some end while their workers drain, some have to move
 SHAPES = ((20, 40), (150, 12), (70, 120), (33, 60), (300, 20), (16, 250))
@@ -118,7 +117,9 @@ async def test_scaled_up_and_down_with_some_killed(tiny_model: Callable[[str], P
     """Four rounds; in every other one those that go are killed, and their addresses stay listed a while."""
     model = tiny_model("llama")
     hosts = Hosts(tmp_path / "hosts")
-    async with Fleet(hosts, model=str(model), prefill=2, decode=2, settings=SETTINGS) as fleet:
+    settings = {**SETTINGS, "gateway.max_attempts": 12}
+    async with Fleet(hosts, model=str(model), prefill=2, decode=2, settings=settings) as fleet:
+        await fleet.generate(ask(prompt(20), max_tokens=4))
         await fleet.settled()
         before = (await fleet.resources())[fleet.gateway.name]
         async with under_load(fleet, model, clients=4) as load:
