@@ -26,6 +26,7 @@ from gateway.metrics import Metrics
 from gateway.model import ServedModel
 from gateway.service import SERVICE_NAME, InferenceService
 from gateway.workers import StartError
+from shared.address import bracketed
 from shared.arguments import die_with_parent, parse_arguments
 from shared.auth import Access, RequireKey
 from shared.chat_template import ChatTemplateError
@@ -66,7 +67,7 @@ async def serve(config: TandemConfig, model: ServedModel) -> None:
         loop.add_signal_handler(number, stop.set)
     access = Access(config.auth.api_keys)
     server = create_server(config.gateway.max_message_bytes, [RequireKey(access)])
-    port = server.add_insecure_port(f"{config.gateway.host}:{config.gateway.port}")
+    port = server.add_insecure_port(f"{bracketed(config.gateway.host)}:{config.gateway.port}")
     with _listen(config.gateway.host, config.gateway.http_port) as http_socket:
         async with Gateway(config, model, Metrics()) as gateway:
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(gateway, access), server)
@@ -136,7 +137,7 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _print_ready(config: TandemConfig, gateway: Gateway, port: int, http_port: int) -> None:
-    host = config.gateway.host
+    host = bracketed(config.gateway.host)
     line = {
         "event": "ready",
         "role": "gateway",

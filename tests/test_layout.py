@@ -34,6 +34,7 @@ ONLY_IN = {
 
 # files of `shared` that never load torch, besides those that the gateway imports; the others may
 PLAIN = (
+    "address",
     "arguments",
     "auth",
     "chat_template",

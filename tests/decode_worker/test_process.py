@@ -16,9 +16,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tandem.v1 import types_pb2
 
 from shared.rpc import connect
-from tests.workers import DecodeCall, PrefillCall, Request, Result, hand_over, receive, sampling
+from tests.workers import DecodeCall, Output, PrefillCall, Request, Result, hand_over, receive, sampling
 
 MakeModel = Callable[[str], Path]
 ROLES = ["prefill_worker", "decode_worker"]
@@ -133,6 +134,38 @@ async def test_sigterm_cuts_off_what_does_not_end_in_time(tiny_model: MakeModel)
         await channel.close()
 
 
+@pytest.mark.parametrize("disable", ["", "shared_memory"])
+async def test_sigterm_leaves_an_export_until_it_is_imported(tiny_model: MakeModel, disable: str) -> None:
+    """The decode worker has not even shaken hands with the prefill worker before that drains."""
+    flags = "--set", f"transport.disable={disable}", "--set", "drain_s=30"
+    async with (
+        process("prefill_worker", tiny_model("llama"), *flags) as (prefill, prefill_ready),
+        process("decode_worker", tiny_model("llama"), *flags) as (_, decode_ready),
+    ):
+        channels = connect(prefill_ready["grpc"]), connect(decode_ready["grpc"])
+        call = DecodeCall(channels[1], Request([7] * 40, sampling(max_tokens=30)))
+        result = Result(reserved=await call.admit())
+        export = PrefillCall(channels[0], call.request)
+        first = await export.finish()
+        health = health_pb2_grpc.HealthStub(channels[0]).Watch(health_pb2.HealthCheckRequest())
+        prefill.send_signal(signal.SIGTERM)
+        while (await health.read()).status != health_pb2.HealthCheckResponse.NOT_SERVING:
+            pass
+        health.cancel()
+        for extent in export.extents:
+            await call.import_blocks(1, extent)
+        await call.begin(1, first.tokens)
+        result.outputs[0] = Output(token_ids=[first.tokens[0].token_id])
+        await receive(call, result, export)
+        assert result.imported is not None
+        assert (result.imported.transport == types_pb2.TRANSPORT_INLINE) == bool(disable)
+        assert len(result.outputs[0].token_ids) == 30
+        async with asyncio.timeout(10):
+            assert await prefill.wait() == 0
+        for channel in channels:
+            await channel.close()
+
+
 async def test_a_worker_dies_with_its_parent(tiny_model: MakeModel) -> None:
     """The parent is a shell that waits; killing it leaves the worker an orphan, but for the flag."""
     flags = f"--set model={tiny_model('llama')} --set threads=1 --set decode.port=0 --set decode.num_blocks=8"
@@ -152,7 +185,11 @@ async def test_a_worker_dies_with_its_parent(tiny_model: MakeModel) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "named"),
-    [("decode.prot=1", "decode.prot"), ("model=/nowhere", "/nowhere")],
+    [
+        ("decode.prot=1", "decode.prot"),
+        ("model=/nowhere", "/nowhere"),
+        ("decode.host=no-such-host.invalid", "decode.host: no-such-host.invalid:0 cannot be listened on"),
+    ],
 )
 async def test_a_start_that_fails_says_why(tiny_model: MakeModel, setting: str, named: str) -> None:
     running = await asyncio.create_subprocess_exec(

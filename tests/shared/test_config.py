@@ -75,6 +75,11 @@ def test_a_broken_file_is_named(clean: Path):
         ),
         ({"prefill": {"chunk_tokens": 600}}, r"prefill.chunk_tokens: 600 exceeds prefill.batch_tokens \(512\)"),
         ({"gateway": {"decode_workers": []}}, "gateway.decode_workers: empty"),
+        ({"gateway": {"decode_workers": ["a:1", "b"]}}, r"gateway.decode_workers.1: is not host:port.*\(got 'b'\)"),
+        ({"gateway": {"prefill_workers": ["a:http"]}}, "gateway.prefill_workers.0: is not host:port"),
+        ({"gateway": {"prefill_workers": ["a:0"]}}, "gateway.prefill_workers.0: is not host:port"),
+        ({"gateway": {"prefill_workers": [":1"]}}, "gateway.prefill_workers.0: is not host:port"),
+        ({"gateway": {"prefill_workers": ["::1:50061"]}}, r"gateway.prefill_workers.0: .*in brackets: \[::1\]:50071"),
         (
             {"transport": {"require": "shared_memory", "disable": ["shared_memory"]}},
             "transport.require: shared_memory is also in transport.disable",
@@ -106,6 +111,11 @@ def test_lists_are_written_with_commas(text: str, monkeypatch: pytest.MonkeyPatc
     assert load_config(overrides={"gateway": {"prefill_workers": text}}).gateway.prefill_workers == ("a:1", "b:2")
     monkeypatch.setenv("TANDEM_GATEWAY__DECODE_WORKERS", text)
     assert load_config().gateway.decode_workers == ("a:1", "b:2")
+
+
+def test_an_ipv6_address_of_a_worker_stands_in_brackets():
+    config = load_config(overrides={"gateway": {"decode_workers": "[::1]:50071"}})
+    assert config.gateway.decode_workers == ("[::1]:50071",)
 
 
 def test_an_empty_list_is_written_as_nothing():
