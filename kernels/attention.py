@@ -53,9 +53,9 @@ def paged_attention(
 ) -> Tensor:
     """Attention of each query token over its sequence's cache; see the module for shapes.
 
-    float32 or bfloat16 (q, cache and out alike), float32 inside; head_dim a multiple of 8. Raises ValueError when a
-    tensor breaks the contract and, in C, IndexError when lengths or block tables point outside the cache: on CUDA,
-    where nobody reads them on the host, what lies outside is neither read nor written.
+    float32 or bfloat16 (q, a plain cache and out alike), float32 inside; head_dim a multiple of 8. Raises ValueError
+    when a tensor breaks the contract and, in C, IndexError when lengths or block tables point outside the cache: on
+    CUDA, where nobody reads them on the host, what lies outside is neither read nor written.
 
     On CUDA alone: alibi_slopes and soft_cap. max_query_len says how many query tokens a sequence has at most: where it
     is 1, contexts are shared out by splits, with partial results in `workspace`, contiguous float32 of
@@ -95,6 +95,7 @@ def paged_attention(
         tokens, num_seqs, max_blocks, block_tables.stride(0), num_blocks, block_tokens,
         *cache.keys.stride()[:3], *cache.values.stride()[:3],
         num_heads, num_kv_heads, head_dim, sliding_window or 0, float(scale), _DTYPES[q.dtype], torch.get_num_threads(),
+        *cache.c_arguments(),
     )  # fmt: skip
     if failed:
         _raise(failed, num_seqs, tokens, cu_seqlens, context_lens)
@@ -119,15 +120,17 @@ def paged_attention_reference(
     soft_cap: float | None = None,
 ) -> Tensor:
     """The same in plain torch, one sequence at a time, in the dtype of its inputs (float64 for tests)."""
-    tokens, num_heads, head_dim = q.shape
+    cache, (tokens, num_heads, head_dim) = cache.widened(), q.shape
     _, num_kv_heads, block_tokens, _ = cache.keys.shape
     out = torch.empty_like(q)
     for s, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
         context = int(context_lens[s])
         table = block_tables[s, : -(-context // block_tokens)].long()
         # [kv_heads, context, head_dim], then one per query head
-        keys = cache.keys[table].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :context]
-        values = cache.values[table].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :context]
+        keys, values = (
+            plane[table].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :context].to(q.dtype)
+            for plane in (cache.keys, cache.values)
+        )
         keys = keys.repeat_interleave(num_heads // num_kv_heads, 0)
         values = values.repeat_interleave(num_heads // num_kv_heads, 0)
         scores = q[start:end].transpose(0, 1) @ keys.transpose(1, 2) * scale  # [heads, queries, context]

@@ -5,7 +5,7 @@ elements; in int8 and fp8, block_tokens float32 scales follow, one for each row:
 
     block  = plane[layer 0, keys, head 0], plane[layer 0, keys, head 1], ..., plane[layer L - 1, values, head H - 1]
     plane  = element[block_tokens, head_dim] (, scale[block_tokens])
-    x      = scale * element        scale = max|x| / G, element = round(x * (G / max|x|)), to nearest, ties to even
+    x      = scale * element        scale = max|x| / G, element = round(x * (1 / max|x| * G)), to nearest, ties to even
 
 G is 127 in int8 and 448 in fp8 (e4m3, arXiv:2209.05433). A row whose max|x| is below LEAST has scale 0 and elements 0.
 All of it in float32, each operation rounded once.
@@ -22,6 +22,7 @@ from torch import Tensor
 ELEMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "fp8": torch.int8}
 GREATEST = {"int8": 127.0, "fp8": 448.0}
 SCALE_BYTES = 4
+_QUANTIZED = {"int8": 2, "fp8": 3}  # as kernels/cpu/kv_format.h counts, after float32 and bfloat16
 LEAST = 2.0**-100  # far below it G / max|x| is no float32
 
 
@@ -94,14 +95,33 @@ class KvPlanes:
     value_scales: Tensor | None = None
     form: str = "plain"
 
+    def c_arguments(self) -> tuple[int | None, ...]:
+        """What a C op is told after all else: how elements are kept, and the scales with their strides."""
+        kept = _QUANTIZED.get(self.form, int(self.keys.dtype == torch.bfloat16))
+        if self.key_scales is None or self.value_scales is None:
+            return kept, None, None, 0, 0, 0, 0, 0, 0
+        strides = (*self.key_scales.stride(), *self.value_scales.stride())
+        return kept, self.key_scales.data_ptr(), self.value_scales.data_ptr(), *strides
+
+    def widened(self) -> KvPlanes:
+        """Reference: the numbers that the rows stand for, plain."""
+        if self.key_scales is None or self.value_scales is None:
+            return self
+        return KvPlanes(
+            widen_rows(self.keys, self.key_scales, self.form), widen_rows(self.values, self.value_scales, self.form)
+        )
+
     def check(self, name: str, like: Tensor) -> None:
         """Raises ValueError unless an op can read and write them beside the activations `like`, called `name`."""
         keys, values = self.keys, self.values
-        if like.dtype not in (torch.float32, torch.bfloat16) or keys.dtype != like.dtype or values.dtype != like.dtype:
-            raise ValueError(
-                f"{name}, keys and values must share float32 or bfloat16, "
-                f"got {like.dtype}, {keys.dtype} and {values.dtype}"
-            )
+        if self.form not in ("plain", *GREATEST):
+            raise ValueError(f"form {self.form!r} is none of plain, {', '.join(GREATEST)}")
+        wanted = like.dtype if self.form == "plain" else torch.int8
+        if like.dtype not in (torch.float32, torch.bfloat16) or keys.dtype != wanted or values.dtype != wanted:
+            shared = f"{name}, keys and values must share float32 or bfloat16"
+            if self.form != "plain":
+                shared = f"{name} must be float32 or bfloat16, keys and values of {self.form} torch.int8"
+            raise ValueError(f"{shared}, got {like.dtype}, {keys.dtype} and {values.dtype}")
         if keys.dim() != 4 or keys.shape != values.shape or keys.shape[3] % 8:
             raise ValueError(
                 "keys and values must be [blocks, kv_heads, block_tokens, a multiple of 8], "
@@ -109,8 +129,16 @@ class KvPlanes:
             )
         if keys.stride(3) != 1 or values.stride(3) != 1:
             raise ValueError("the last dimension of keys and values must be contiguous")
-        for tensor in (keys, values):
-            if tensor.device != like.device:
+        for scales in (self.key_scales, self.value_scales):
+            if (scales is None) != (self.form == "plain"):
+                raise ValueError(f"key_scales and value_scales belong to int8 and fp8 alone, and form is {self.form}")
+            if scales is not None and (scales.dtype != torch.float32 or scales.shape != keys.shape[:3]):
+                raise ValueError(
+                    f"key_scales and value_scales must be float32 {list(keys.shape[:3])}, "
+                    f"got {scales.dtype} {list(scales.shape)}"
+                )
+        for tensor in (keys, values, self.key_scales, self.value_scales):
+            if tensor is not None and tensor.device != like.device:
                 raise ValueError(f"all tensors must be on {like.device} like {name}, got one on {tensor.device}")
 
 
@@ -119,7 +147,7 @@ def quantize_rows(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     rows, greatest = rows.float(), GREATEST[dtype]
     most = rows.abs().amax(-1)
     most = torch.where(most < LEAST, 0.0, most)
-    scaled = rows * torch.where(most > 0, greatest / most, 0.0).unsqueeze(-1)
+    scaled = rows * torch.where(most > 0, most.reciprocal() * greatest, 0.0).unsqueeze(-1)
     if dtype == "int8":
         elements = scaled.round().clamp(-greatest, greatest).to(torch.int8)
     else:

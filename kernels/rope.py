@@ -16,8 +16,9 @@ Dimensions from `rotary` on pass through. With q_norm and k_norm, each head is f
     q_norm       [head_dim], qkv's dtype or float32; k_norm alike
     q (returned) [tokens, heads, head_dim]
 
-float32 inside, rounded once at the end. A token's bits depend on that token alone. Two tokens of one call may
-only share a slot of the null block, whose content nobody reads.
+float32 inside, rounded once at the end. Of k and v a cache with scales gets what one of qkv's dtype would have got,
+quantized: a block that is converted later has the same bytes. A token's bits depend on that token alone. Two tokens of
+one call may only share a slot of the null block, whose content nobody reads.
 
 On CUDA nobody waits for the values of positions and slots: a token with one out of range is left out, with nothing
 of it read or written, its row of q included.
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
-from kernels.kv_format import KvPlanes
+from kernels.kv_format import KvPlanes, quantize_rows
 from kernels.rms_norm import rms_norm_reference
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -53,9 +54,9 @@ def rope_and_cache(
 ) -> Tensor:
     """Rotates q and k, writes k and v into the cache, returns q; see the module for shapes.
 
-    float32 or bfloat16 (qkv and cache alike); head_dim a multiple of 8, rotary even and at most head_dim. Raises
-    ValueError when a tensor breaks the contract and, on a CPU, IndexError, with nothing written, when a position or
-    slot is out of range.
+    float32 or bfloat16 (qkv and a plain cache alike); head_dim a multiple of 8, rotary even and at most head_dim.
+    Raises ValueError when a tensor breaks the contract and, on a CPU, IndexError, with nothing written, when a position
+    or slot is out of range.
     """
     triton = in_triton("rope_and_cache", qkv)
     tokens = qkv.shape[0]
@@ -79,7 +80,7 @@ def rope_and_cache(
         tokens, num_heads, num_kv_heads, head_dim, cos_sin.shape[1], cos_sin.shape[0], num_blocks, block_tokens,
         None if q_norm is None else q_norm.data_ptr(), None if k_norm is None else k_norm.data_ptr(),
         float(eps), 0 if q_norm is None else _DTYPES[q_norm.dtype], _DTYPES[qkv.dtype],
-        int(interleaved), torch.get_num_threads(),
+        int(interleaved), torch.get_num_threads(), *cache.c_arguments(),
     )  # fmt: skip
     if failed:
         token = failed - 1
@@ -120,8 +121,11 @@ def rope_and_cache_reference(
         return torch.cat([rotated, rest], -1)
 
     blocks, offsets = slots // block_tokens, slots % block_tokens
-    cache.keys[blocks, :, offsets] = rotate(k)
-    cache.values[blocks, :, offsets] = v
+    for rows, elements, scales in ((rotate(k), cache.keys, cache.key_scales), (v, cache.values, cache.value_scales)):
+        if scales is None:
+            elements[blocks, :, offsets] = rows
+        else:
+            elements[blocks, :, offsets], scales[blocks, :, offsets] = quantize_rows(rows, cache.form)
     return rotate(q)
 
 

@@ -9,8 +9,11 @@
  *
  * On a CPU with AVX-512 BF16 both products of bfloat16 caches are dot products of pairs, of dimensions and of keys, as in
  * linear_pairs.c. Weights p are then rounded to bfloat16, in the sum l too, and a key that a row does not see weighs 0.
+ *
+ * Elements of a quantized cache are multiplied as they are; the scale of a key is a factor of its score, that of a value of
+ * its weight, though not in the sum l.
  */
-#include "simd.h"
+#include "kv_format.h"
 #include "team.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
@@ -36,7 +39,9 @@ typedef struct {
     int64_t table_stride, k_block, k_head, k_token, v_block, v_head, v_token;
     int64_t num_heads, num_kv_heads, head_dim, block_tokens, window; /* window 0: unlimited */
     float scale;
-    int dtype;
+    int dtype, kept; /* what the cache's elements are: dtype, INT8 or FP8 */
+    const float *k_scales, *v_scales;
+    int64_t k_scale_strides[3], v_scale_strides[3]; /* of blocks, heads, tokens */
 } Call;
 
 /* What one thread takes at a time: tokens x heads that share one kv head of one sequence, for each of some kv heads. Of a kv
@@ -73,6 +78,7 @@ typedef struct {
     int32_t *weights; /* of pairs: [ROWS][TILE / 2] */
     State total, part;
     Rows rows;         /* of this tile */
+    float *k_scales, *v_scales; /* [TILE], of a quantized cache */
     Next *next;
     const Item *after; /* what this thread takes next, or NULL */
 } Scratch;
@@ -187,7 +193,7 @@ static void values_of(int rows, int64_t begin, int64_t end, const float *p, cons
 /* Where the keys and values of positions [tile + begin, tile + end) of a kv head lie. */
 static void locate(const Call *call, const Item *item, int64_t kv_head, int64_t tile, int64_t begin, int64_t end, Rows *rows) {
     const int32_t *table = call->block_tables + item->sequence * call->table_stride;
-    int64_t bytes = bytes_of(call->dtype), entry = (tile + begin) / call->block_tokens;
+    int64_t bytes = element_bytes(call->kept), entry = (tile + begin) / call->block_tokens;
     for (int64_t j = begin; j < end; entry++) {
         int64_t offset = tile + j - entry * call->block_tokens;
         int64_t stop = smaller(end, j + call->block_tokens - offset), block = table[entry];
@@ -202,9 +208,39 @@ static void locate(const Call *call, const Item *item, int64_t kv_head, int64_t 
     }
 }
 
+/* Their scales. */
+static void read_scales(const Call *call, const Item *item, int64_t kv_head, int64_t tile, int64_t begin, int64_t end, Scratch *own) {
+    const int32_t *table = call->block_tables + item->sequence * call->table_stride;
+    const int64_t *k = call->k_scale_strides, *v = call->v_scale_strides;
+    for (int64_t j = begin, entry = (tile + begin) / call->block_tokens; j < end; entry++) {
+        int64_t offset = tile + j - entry * call->block_tokens;
+        int64_t stop = smaller(end, j + call->block_tokens - offset), block = table[entry];
+        const float *key = call->k_scales + block * k[0] + kv_head * k[1] + offset * k[2];
+        const float *value = call->v_scales + block * v[0] + kv_head * v[1] + offset * v[2];
+        for (; j < stop; j++, key += k[2], value += v[2]) {
+            own->k_scales[j] = *key;
+            own->v_scales[j] = *value;
+        }
+    }
+}
+
+/* Fetches those of the item's kv heads: of a block and head they lie in a line or two. */
+static void fetch_scales(const Call *call, const Item *item, int64_t tile, int64_t begin, int64_t end) {
+    const int32_t *table = call->block_tables + item->sequence * call->table_stride;
+    const int64_t *k = call->k_scale_strides, *v = call->v_scale_strides;
+    for (int64_t entry = (tile + begin) / call->block_tokens; entry * call->block_tokens < tile + end; entry++) {
+        int64_t offset = larger(tile + begin - entry * call->block_tokens, 0), block = table[entry];
+        for (int64_t h = item->kv_head; h < item->kv_head + item->num_kv_heads; h++) {
+            __builtin_prefetch(call->k_scales + block * k[0] + h * k[1] + offset * k[2]);
+            __builtin_prefetch(call->v_scales + block * v[0] + h * v[1] + offset * v[2]);
+        }
+    }
+}
+
 static void locate_next(const Call *call, const Item *item, int64_t tile, int64_t first, int64_t last, Next *next) {
-    int64_t bytes = bytes_of(call->dtype);
+    int64_t bytes = element_bytes(call->kept);
     locate(call, item, item->kv_head, tile, first, last, &next->rows);
+    if (quantized(call->kept)) fetch_scales(call, item, tile, first, last);
     next->many = rows_of(item) > GROUP;
     next->first = first, next->last = last, next->heads = item->num_kv_heads, next->step = first / 8 * next->heads;
     next->k_stride = bytes * call->k_head, next->v_stride = bytes * call->v_head, next->row_bytes = bytes * call->head_dim;
@@ -279,6 +315,39 @@ INLINE void pack_keys(float *packed, Rows *rows, int64_t begin, int64_t end, Nex
     }
 }
 
+/* The same of a quantized cache. */
+INLINE void pack_key_bytes(float *packed, Rows *rows, int64_t begin, int64_t end, Next *next, int64_t head_dim, int kept) {
+    static const char zeros[MAX_HEAD_DIM];
+    const char **k_rows = rows->k;
+    int64_t first = begin / 8 * 8, last = (end + 7) / 8 * 8;
+    for (int64_t j = first; j < begin; j++) k_rows[j] = zeros;
+    for (int64_t j = end; j < last; j++) k_rows[j] = zeros;
+    for (int64_t j = first; j < last; j += 8) {
+        fetch(next);
+        for (int64_t d = 0; d < head_dim; d += VL) {
+            float wide[8][VL] __attribute__((aligned(64)));
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) vf_store(wide[i], widen_elements(k_rows[j + i] + d, head_dim - d, kept));
+            for (int64_t part = 0; part < smaller(VL, head_dim - d); part += 8) {
+                v8 block[8];
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) block[i] = v8_load(wide[i] + part);
+                transpose8(block);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) v8_store(packed + (d + part + i) * TILE + j, block[i]);
+            }
+        }
+    }
+}
+
+INLINE void pack_value_bytes(float *packed, Rows *rows, int64_t begin, int64_t end, int64_t head_dim, int kept) {
+    for (int64_t j = begin; j < end; j++) {
+        float *row = packed + j * padded(head_dim);
+        for (int64_t d = 0; d < head_dim; d += VL) vf_store(row + d, widen_elements(rows->v[j] + d, head_dim - d, kept));
+        rows->v[j] = (const char *)row;
+    }
+}
+
 /* values[j][:head_dim] = v of position tile + j as float32; rows->v then points here. */
 INLINE void pack_values(float *packed, Rows *rows, int64_t begin, int64_t end, int64_t head_dim, int dtype) {
     for (int64_t j = begin; j < end; j++) {
@@ -313,6 +382,13 @@ static void softmax_row(float *scores, int64_t begin, int64_t end, float *m, flo
         *m = highest;
     }
     *l += sum_lanes(lanes);
+}
+
+/* scores[r][VL * first ...] *= scales, of some vectors of keys. */
+static void multiply_rows(int rows, int64_t first, int64_t last, const float *scales, float *scores) {
+    for (int r = 0; r < rows; r++)
+        for (int64_t i = first; i < last; i++)
+            vf_store(scores + r * TILE + i * VL, vf_load(scores + r * TILE + i * VL) * vf_load(scales + i * VL));
 }
 
 #if HAS_PAIRS
@@ -423,23 +499,66 @@ static void pack_value_pairs(float *packed, const Rows *rows, int64_t begin, int
     }
 }
 
-/* One row's products with keys [begin, end) of the tile -> weights; updates m, l and scales o. */
-static void softmax_pairs(float *scores, float scale, int64_t begin, int64_t end, int32_t *weights, float *m, float *l, float *o,
-                          int64_t padded_dim) {
+/* The same of a quantized cache. */
+INLINE void pack_key_pair_bytes(float *packed, Rows *rows, int64_t begin, int64_t end, Next *next, int64_t head_dim, int kept) {
+    static const char zeros[MAX_HEAD_DIM];
+    const char **k_rows = rows->k;
+    int64_t first = begin / 8 * 8, last = (end + 7) / 8 * 8;
+    for (int64_t j = first; j < begin; j++) k_rows[j] = zeros;
+    for (int64_t j = end; j < last; j++) k_rows[j] = zeros;
+    for (int64_t j = first; j < last; j += 8) {
+        fetch(next);
+        for (int64_t d = 0; d < head_dim; d += 16) {
+            v8 block[8];
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+                vf wide = widen_elements(k_rows[j + i] + d, head_dim - d, kept);
+                block[i] = (v8)_mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)wide, 16));
+            }
+            transpose8(block);
+            float *to = packed + d / 2 * TILE + j;
+            for (int i = 0; i < smaller(8, (head_dim - d) / 2); i++) v8_store(to + i * TILE, block[i]);
+        }
+    }
+}
+
+INLINE void pack_value_pair_bytes(float *packed, const Rows *rows, int64_t begin, int64_t end, int64_t head_dim, int kept) {
+    static const char zeros[MAX_HEAD_DIM];
+    for (int64_t j = begin / 2 * 2; j < end; j += 2) {
+        const char *even = j >= begin ? rows->v[j] : zeros, *odd = j + 1 < end ? rows->v[j + 1] : zeros;
+        for (int64_t d = 0; d < head_dim; d += 16) {
+            vu low = (vu)widen_elements(even + d, head_dim - d, kept), high = (vu)widen_elements(odd + d, head_dim - d, kept);
+            vf_store(packed + j / 2 * padded(head_dim) + d, (vf)(low >> 16 | high)); /* the lower half of an element is 0 */
+        }
+    }
+}
+
+/* One row's products with keys [begin, end) of the tile -> weights; updates m, l and scales o. k_scales and v_scales: of the
+ * tile, where it is scaled. */
+INLINE void softmax_pairs(float *scores, float scale, const float *k_scales, const float *v_scales, int64_t begin, int64_t end,
+                          int32_t *weights, float *m, float *l, float *o, int64_t padded_dim, int scaled) {
     vf top = vf_set1(*m), score[VECTORS], sum = vf_set1(0.0f);
 #pragma GCC unroll 4
     for (int i = 0; i < VECTORS; i++) {
         __mmask16 seen = (__mmask16)((~0ull << begin & ~0ull >> (TILE - end)) >> i * VL);
-        score[i] = (vf)_mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen, (__m512)vf_load(scores + i * VL), _mm512_set1_ps(scale));
+        vf factor = vf_set1(scale);
+        if (scaled) factor *= vf_load(k_scales + i * VL);
+        score[i] = (vf)_mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen, (__m512)vf_load(scores + i * VL), (__m512)factor);
         top = vf_max(score[i], top);
     }
     float highest = vf_highest(top);
     vf shift = vf_set1(highest);
 #pragma GCC unroll 4
     for (int i = 0; i < VECTORS; i++) {
-        __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)vf_exp(score[i] - shift));
+        vf weight = vf_exp(score[i] - shift);
+        if (scaled) {
+            __mmask16 seen = (__mmask16)((~0ull << begin & ~0ull >> (TILE - end)) >> i * VL);
+            sum += weight;
+            weight = (vf)_mm512_maskz_mul_ps(seen, (__m512)weight, (__m512)vf_load(v_scales + i * VL));
+        }
+        __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)weight);
         _mm256_storeu_si256((__m256i *)weights + i, rounded);
-        sum += (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+        if (!scaled) sum += (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
     }
     if (highest != *m) {
         float fade = exp_one(*m - highest);
@@ -451,11 +570,16 @@ static void softmax_pairs(float *scores, float scale, int64_t begin, int64_t end
 }
 
 /* What `attend_tile` does on a CPU with AVX-512 BF16. q: of this kv head. */
-static void attend_pairs(const Call *call, const Item *item, int64_t tile, int64_t first, int64_t last, Scratch *own,
-                         const int32_t *q, State state) {
+INLINE void attend_pairs(const Call *call, const Item *item, int64_t tile, int64_t first, int64_t last, Scratch *own,
+                         const int32_t *q, State state, int kept) {
     int64_t rows = rows_of(item), head_dim = call->head_dim, padded_dim = padded(head_dim);
-    pack_key_pairs(own->keys, &own->rows, first, last, own->next, head_dim);
-    pack_value_pairs(own->values, &own->rows, first, last, head_dim);
+    if (quantized(kept)) {
+        pack_key_pair_bytes(own->keys, &own->rows, first, last, own->next, head_dim, kept);
+        pack_value_pair_bytes(own->values, &own->rows, first, last, head_dim, kept);
+    } else {
+        pack_key_pairs(own->keys, &own->rows, first, last, own->next, head_dim);
+        pack_value_pairs(own->values, &own->rows, first, last, head_dim);
+    }
     for (int64_t g = 0; g < rows; g += GROUP) {
         int n = (int)smaller(GROUP, rows - g);
         float *scores = own->scores + g * TILE, *o = state.o + g * padded_dim;
@@ -473,9 +597,10 @@ static void attend_pairs(const Call *call, const Item *item, int64_t tile, int64
         pair_scores(n, (last + VL - 1) / VL, head_dim, q + g * (head_dim / 2), own->keys, scores);
         for (int r = 0; r < n; r++)
             if (from[r] < to[r])
-                softmax_pairs(scores + r * TILE, call->scale, larger(row_begin(call, item, g + r) - tile, first),
-                              smaller(row_end(item, g + r) - tile, last), weights + r * (TILE / 2), &state.m[g + r],
-                              &state.l[g + r], o + r * padded_dim, padded_dim);
+                softmax_pairs(scores + r * TILE, call->scale, own->k_scales, own->v_scales,
+                              larger(row_begin(call, item, g + r) - tile, first), smaller(row_end(item, g + r) - tile, last),
+                              weights + r * (TILE / 2), &state.m[g + r], &state.l[g + r], o + r * padded_dim, padded_dim,
+                              quantized(kept));
         int shared = common_from < common_to;
         for (int r = 0; r < n; r++)
             pair_values(1, from[r], shared ? common_from : to[r], weights + r * (TILE / 2), own->values, padded_dim, o + r * padded_dim);
@@ -492,7 +617,14 @@ static void attend_pairs(const Call *call, const Item *item, int64_t tile, int64
 static void attend_tile(const Call *call, const Item *item, int64_t tile, int64_t first, int64_t last, Scratch *own, const float *q,
                         State state) {
     int64_t rows = rows_of(item), head_dim = call->head_dim, padded_dim = padded(head_dim);
-    if (call->dtype == BFLOAT16) {
+    int scaled = quantized(call->kept);
+    if (call->kept == INT8) {
+        pack_key_bytes(own->keys, &own->rows, first, last, own->next, head_dim, INT8);
+        pack_value_bytes(own->values, &own->rows, first, last, head_dim, INT8);
+    } else if (call->kept == FP8) {
+        pack_key_bytes(own->keys, &own->rows, first, last, own->next, head_dim, FP8);
+        pack_value_bytes(own->values, &own->rows, first, last, head_dim, FP8);
+    } else if (call->dtype == BFLOAT16) {
         pack_keys(own->keys, &own->rows, first, last, own->next, head_dim, BFLOAT16);
         pack_values(own->values, &own->rows, first, last, head_dim, BFLOAT16);
     } else {
@@ -512,9 +644,11 @@ static void attend_tile(const Call *call, const Item *item, int64_t tile, int64_
         }
         if (!any) continue;
         scores_of(n, first / VL, (last + VL - 1) / VL, head_dim, q + g * head_dim, own->keys, scores);
+        if (scaled) multiply_rows(n, first / VL, (last + VL - 1) / VL, own->k_scales, scores);
         for (int r = 0; r < n; r++)
             if (from[r] < to[r])
                 softmax_row(scores + r * TILE, from[r], to[r], &state.m[g + r], &state.l[g + r], o + r * padded_dim, padded_dim);
+        if (scaled) multiply_rows(n, first / VL, (last + VL - 1) / VL, own->v_scales, scores);
         /* A row takes exactly its own keys, in order: alone before and after the range that the whole group shares. */
         int shared = common_from < common_to;
         for (int r = 0; r < n; r++)
@@ -549,9 +683,13 @@ static void attend(const Call *call, const Item *item, int64_t begin, int64_t en
         for (int64_t h = 0; h < item->num_kv_heads; h++) {
             State part = rows_from(state, h * rows, padded_dim);
             locate(call, item, item->kv_head + h, tile, first, last, &own->rows);
+            if (quantized(call->kept)) read_scales(call, item, item->kv_head + h, tile, first, last, own);
 #if HAS_PAIRS
             if (call->dtype == BFLOAT16) {
-                attend_pairs(call, item, tile, first, last, own, (const int32_t *)own->q + h * rows * (head_dim / 2), part);
+                const int32_t *q = (const int32_t *)own->q + h * rows * (head_dim / 2);
+                if (call->kept == INT8) attend_pairs(call, item, tile, first, last, own, q, part, INT8);
+                else if (call->kept == FP8) attend_pairs(call, item, tile, first, last, own, q, part, FP8);
+                else attend_pairs(call, item, tile, first, last, own, q, part, BFLOAT16);
                 continue;
             }
 #endif
@@ -695,7 +833,9 @@ static void share_chunk(const void *argument, int64_t chunk) {
     float values[TILE * padded_dim] __attribute__((aligned(64))), scores[ROWS * TILE] __attribute__((aligned(64)));
     float outputs[2][ROWS * padded_dim] __attribute__((aligned(64))), maxima[2][ROWS], sums[2][ROWS];
     int32_t weights[ROWS * TILE / 2] __attribute__((aligned(64)));
-    Scratch own = {queries, keys, values, scores, weights, {outputs[0], maxima[0], sums[0]}, {outputs[1], maxima[1], sums[1]}, {{0}, {0}}, NULL, NULL};
+    float k_scales[TILE] = {0}, v_scales[TILE] = {0};
+    Scratch own = {queries, keys, values, scores, weights, {outputs[0], maxima[0], sums[0]}, {outputs[1], maxima[1], sums[1]}, {{0}, {0}},
+                   k_scales, v_scales, NULL, NULL};
     /* Lanes beyond the last key and dimension are computed and dropped; zeros keep them free of denormals. */
     memset(keys, 0, sizeof keys);
     if (padded_dim != head_dim) memset(values, 0, sizeof values);
@@ -711,7 +851,8 @@ static void share_chunk(const void *argument, int64_t chunk) {
 }
 
 /* q, k_cache, v_cache, out, cu_seqlens, context_lens, block_tables; num_tokens, num_seqs, max_blocks, table_stride,
- * num_blocks, block_tokens; strides of both caches; num_heads, num_kv_heads, head_dim, window; scale; dtype, threads.
+ * num_blocks, block_tokens; strides of both caches; num_heads, num_kv_heads, head_dim, window; scale; dtype, threads; what the
+ * caches' elements are kept as; scales of keys and values or NULL, and their strides.
  * Returns 0, -1 without memory, or 1 + the first sequence whose lengths or block table are out of range, num_seqs + 1 for the
  * ends of cu_seqlens (nothing is written then). */
 int64_t tandem_paged_attention(const Arg *a) {
@@ -721,6 +862,7 @@ int64_t tandem_paged_attention(const Arg *a) {
     const Call call = {
         a[0].p, a[1].p, a[2].p, a[3].p, cu_seqlens, context_lens, block_tables, table_stride, a[13].i, a[14].i, a[15].i, a[16].i,
         a[17].i, a[18].i, a[19].i, a[20].i, a[21].i, block_tokens, window, (float)a[23].d, (int)a[24].i,
+        (int)a[26].i, a[27].p, a[28].p, {a[29].i, a[30].i, a[31].i}, {a[32].i, a[33].i, a[34].i},
     };
     int64_t work = 0;
     if (cu_seqlens[0] != 0 || cu_seqlens[num_seqs] != num_tokens) return num_seqs + 1;

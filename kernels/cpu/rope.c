@@ -1,6 +1,7 @@
 /* Splits a fused qkv row into heads, optionally RMS-normalises each q and k head, rotates q and k by their position
- * (rotate-half, or neighbours), and writes k and v into the paged cache and q into its own buffer. */
-#include "simd.h"
+ * (rotate-half, or neighbours), and writes k and v into the paged cache and q into its own buffer. A quantized cache gets what
+ * a plain one would have got, quantized. */
+#include "kv_format.h"
 #include "team.h"
 
 typedef int32_t i32x8 __attribute__((vector_size(32)));
@@ -84,9 +85,18 @@ typedef struct {
     int64_t tokens, num_heads, num_kv_heads, head_dim, rotary, block_tokens, strip;
     HeadNorm q_norm, k_norm;
     int dtype, interleaved;
+    int kept; /* what the cache's elements are: dtype, INT8 or FP8 */
+    float *k_scales, *v_scales;
+    int64_t k_scale_strides[3], v_scale_strides[3]; /* as k_strides */
 } Rope;
 
-INLINE void token(const Rope *job, int64_t t, int dtype, int interleaved) {
+INLINE void write_row(const Rope *job, const void *row, int dtype, void *cache, int64_t element, float *scale) {
+    char *elements = (char *)cache + element;
+    *scale = job->kept == INT8 ? quantize_row(row, job->head_dim, dtype, elements, INT8)
+                               : quantize_row(row, job->head_dim, dtype, elements, FP8);
+}
+
+INLINE void token(const Rope *job, int64_t t, int dtype, int interleaved, int quantizes) {
     int64_t head_dim = job->head_dim, rotary = job->rotary;
     const float *cosine = job->cos_sin + job->positions[t] * rotary, *sine = cosine + rotary / 2;
     int64_t start = t * (job->num_heads + 2 * job->num_kv_heads) * head_dim;
@@ -95,6 +105,19 @@ INLINE void token(const Rope *job, int64_t t, int dtype, int interleaved) {
         head(job->qkv, start, job->q, (t * job->num_heads + h) * head_dim, head_dim, rotary, cosine, sine, job->q_norm, dtype,
              interleaved);
     const int64_t *k = job->k_strides, *v = job->v_strides;
+    if (quantizes) {
+        const int64_t *ks = job->k_scale_strides, *vs = job->v_scale_strides;
+        float row[head_dim]; /* room for either dtype */
+        for (int64_t h = 0; h < job->num_kv_heads; h++, start += head_dim) {
+            head(job->qkv, start, row, 0, head_dim, rotary, cosine, sine, job->k_norm, dtype, interleaved);
+            write_row(job, row, dtype, job->k_cache, block * k[0] + h * k[1] + offset * k[2],
+                      job->k_scales + block * ks[0] + h * ks[1] + offset * ks[2]);
+        }
+        for (int64_t h = 0; h < job->num_kv_heads; h++, start += head_dim)
+            write_row(job, at(job->qkv, start, dtype), dtype, job->v_cache, block * v[0] + h * v[1] + offset * v[2],
+                      job->v_scales + block * vs[0] + h * vs[1] + offset * vs[2]);
+        return;
+    }
     for (int64_t h = 0; h < job->num_kv_heads; h++, start += head_dim)
         head(job->qkv, start, job->k_cache, block * k[0] + h * k[1] + offset * k[2], head_dim, rotary, cosine, sine, job->k_norm, dtype,
              interleaved);
@@ -106,16 +129,19 @@ INLINE void token(const Rope *job, int64_t t, int dtype, int interleaved) {
 static void strip_chunk(const void *argument, int64_t chunk) {
     const Rope *job = argument;
     int64_t end = (chunk + 1) * job->strip < job->tokens ? (chunk + 1) * job->strip : job->tokens;
+    int quantizes = quantized(job->kept);
     for (int64_t t = chunk * job->strip; t < end; t++) {
-        if (job->interleaved) token(job, t, job->dtype, 1);
-        else if (job->dtype == BFLOAT16) token(job, t, BFLOAT16, 0);
-        else token(job, t, FLOAT32, 0);
+        if (job->interleaved) token(job, t, job->dtype, 1, quantizes);
+        else if (quantizes && job->dtype == BFLOAT16) token(job, t, BFLOAT16, 0, 1);
+        else if (quantizes) token(job, t, FLOAT32, 0, 1);
+        else if (job->dtype == BFLOAT16) token(job, t, BFLOAT16, 0, 0);
+        else token(job, t, FLOAT32, 0, 0);
     }
 }
 
 /* qkv, cos_sin, positions, slots, q, k_cache, v_cache; strides of both caches; tokens, num_heads, num_kv_heads, head_dim,
  * rotary, max_positions, num_blocks, block_tokens; q_norm and k_norm or NULL; eps; dtypes of the norms and the rest;
- * interleaved; threads. Returns 0, or 1 + the first token whose position or slot is out of range (nothing is written then). */
+ * interleaved; threads; what the cache's elements are kept as; scales of keys and values or NULL, and their strides. Returns 0, or 1 + the first token whose position or slot is out of range (nothing is written then). */
 int64_t tandem_rope_and_cache(const Arg *a) {
     const int32_t *positions = a[2].p;
     const int64_t *slots = a[3].p;
@@ -127,6 +153,7 @@ int64_t tandem_rope_and_cache(const Arg *a) {
         a[0].p, a[1].p, positions, slots, a[4].p, a[5].p, a[6].p, {a[7].i, a[8].i, a[9].i}, {a[10].i, a[11].i, a[12].i},
         tokens, a[14].i, a[15].i, a[16].i, a[17].i, a[20].i, strip_of((a[14].i + 2 * a[15].i) * a[16].i),
         {a[21].p, (int)a[24].i, eps}, {a[22].p, (int)a[24].i, eps}, (int)a[25].i, (int)a[26].i,
+        (int)a[28].i, a[29].p, a[30].p, {a[31].i, a[32].i, a[33].i}, {a[34].i, a[35].i, a[36].i},
     };
     team_run(a[27].i, (tokens + job.strip - 1) / job.strip, strip_chunk, &job);
     return 0;

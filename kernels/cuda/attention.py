@@ -24,9 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import SPLIT_TOKENS
+from kernels.cuda.elements import decode, scale_arguments, scale_types
 from kernels.cuda.tile import dot, launch, narrow
 from kernels.cuda.variant import Variant
-from kernels.kv_format import KvPlanes
+from kernels.kv_format import GREATEST, KvPlanes
 
 _SPLIT = tl.constexpr(SPLIT_TOKENS)
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -41,8 +42,9 @@ def _columns(columns, HEAD_DIM: tl.constexpr):
 @triton.jit
 def _attend(
     q, positions, slopes, k_cache, v_cache, table, num_blocks, k_block, k_token, v_block, v_token, first, last,
-    scale, cap, window, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, KEYS: tl.constexpr, CAPS: tl.constexpr,
-    ALIBI: tl.constexpr, WINDOWED: tl.constexpr,
+    scale, cap, window, k_scales, v_scales, k_scale_block, v_scale_block, k_scale_token, v_scale_token,
+    HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, KEYS: tl.constexpr, CAPS: tl.constexpr,
+    ALIBI: tl.constexpr, WINDOWED: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """The (m, total, o) of q's rows over keys first .. last of one split. Keys outside are as if they were 0."""
     columns = tl.arange(0, q.shape[1])
@@ -52,12 +54,19 @@ def _attend(
     for start in tl.range(first // KEYS * KEYS, last, KEYS, disable_licm=True):  # pyright: ignore[reportGeneralTypeIssues]
         keys = start + tl.arange(0, KEYS)
         block = tl.load(table + keys // BLOCK_TOKENS, (keys >= first) & (keys < last), other=-1)
-        within = ((block >= 0) & (block < num_blocks))[:, None] & _columns(columns, HEAD_DIM)
+        present = (block >= 0) & (block < num_blocks)
+        within = present[:, None] & _columns(columns, HEAD_DIM)
         block = block.to(tl.int64)
         slot = keys % BLOCK_TOKENS
-        k = tl.load(k_cache + (block * k_block + slot * k_token)[:, None] + columns[None], within, other=0.0)
-        v = tl.load(v_cache + (block * v_block + slot * v_token)[:, None] + columns[None], within, other=0.0)
+        k = tl.load(k_cache + (block * k_block + slot * k_token)[:, None] + columns[None], within, other=0)
+        v = tl.load(v_cache + (block * v_block + slot * v_token)[:, None] + columns[None], within, other=0)
+        if FORM != "plain":
+            key_scale = tl.load(k_scales + block * k_scale_block + slot * k_scale_token, present, other=0.0)
+            value_scale = tl.load(v_scales + block * v_scale_block + slot * v_scale_token, present, other=0.0)
+            k, v = narrow(decode(k, FORM, 0), q.dtype), narrow(decode(v, FORM, 0), q.dtype)
         scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], KEYS], tl.float32)) * scale
+        if FORM != "plain":
+            scores *= key_scale[None]
         if CAPS:  # cap * tanh(score), of e^(2 score); 64 is beyond where the tanh is 1
             scores = cap * (1.0 - 2.0 / (tl.exp2(tl.minimum(scores, 64.0, tl.PropagateNan.ALL)) + 1.0))
         if ALIBI:
@@ -71,6 +80,8 @@ def _attend(
         decay = tl.exp2(m - base)
         weights = tl.exp2(scores - base[:, None])
         total = total * decay + tl.sum(weights, 1)
+        if FORM != "plain":
+            weights *= value_scale[None]
         o = dot(narrow(weights, v.dtype), v, o * decay[:, None])
         m = highest
     return m, total, o
@@ -109,8 +120,9 @@ def _sequence_of(tile, cu_seqlens, seqs, GROUP: tl.constexpr, ROWS: tl.constexpr
 def _prefill(
     q, k_cache, v_cache, cu_seqlens, context_lens, block_tables, alibi_slopes, tokens, max_blocks, table_stride,
     num_blocks, k_block, k_head, k_token, v_block, v_head, v_token, scale, cap, window, out, seqs,
+    k_scales, v_scales, k_scale_block, k_scale_head, v_scale_block, v_scale_head, k_scale_token, v_scale_token,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    WIDTH: tl.constexpr, CAPS: tl.constexpr, ALIBI: tl.constexpr, WINDOWED: tl.constexpr,
+    WIDTH: tl.constexpr, CAPS: tl.constexpr, ALIBI: tl.constexpr, WINDOWED: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of ROWS rows, kv heads. Row r of a sequence: token r // GROUP, head r % GROUP of the kv head."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # a sequence's last tile sees the most keys: it starts first
@@ -137,6 +149,8 @@ def _prefill(
     last = tl.minimum(before + last_row // GROUP + 1, max_blocks * BLOCK_TOKENS)
     first = tl.maximum(before + first_row // GROUP - window + 1, 0) if WINDOWED else 0
     keys, values = k_cache + kv_head * k_head, v_cache + kv_head * v_head
+    key_scales = k_scales + kv_head * k_scale_head if FORM != "plain" else k_scales
+    value_scales = v_scales + kv_head * v_scale_head if FORM != "plain" else v_scales
     table = block_tables + sequence * table_stride
     m = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -145,7 +159,8 @@ def _prefill(
         split_m, split_total, split_o = _attend(
             queries, positions, slopes, keys, values, table, num_blocks, k_block, k_token, v_block, v_token,
             tl.maximum(split * _SPLIT, first), tl.minimum((split + 1) * _SPLIT, last), scale, cap, window,
-            HEAD_DIM, BLOCK_TOKENS, KEYS, CAPS, ALIBI, WINDOWED,
+            key_scales, value_scales, k_scale_block, v_scale_block, k_scale_token, v_scale_token,
+            HEAD_DIM, BLOCK_TOKENS, KEYS, CAPS, ALIBI, WINDOWED, FORM,
         )  # fmt: skip
         m, total, o = _merge(m, total, o, split_m, split_total, split_o)
     tl.store(out + base + offsets, narrow(_finish(total, o), out.dtype.element_ty), within)
@@ -155,8 +170,9 @@ def _prefill(
 def _decode(
     q, k_cache, v_cache, cu_seqlens, context_lens, block_tables, alibi_slopes, tokens, max_blocks, table_stride,
     num_blocks, k_block, k_head, k_token, v_block, v_head, v_token, scale, cap, window, states, outputs,
+    k_scales, v_scales, k_scale_block, k_scale_head, v_scale_block, v_scale_head, k_scale_token, v_scale_token,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    WIDTH: tl.constexpr, CAPS: tl.constexpr, ALIBI: tl.constexpr, WINDOWED: tl.constexpr,
+    WIDTH: tl.constexpr, CAPS: tl.constexpr, ALIBI: tl.constexpr, WINDOWED: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Grid: sequences of one query token * tiles of a kv head's ROWS heads, kv heads, splits."""
     tiles: tl.constexpr = (GROUP + ROWS - 1) // ROWS
@@ -178,10 +194,14 @@ def _decode(
     queries = tl.load(q + offsets, within, other=0.0)
     slopes = tl.load(alibi_slopes + heads, rows < GROUP, other=0.0) * _LOG2_E if ALIBI else 0.0
     positions = tl.zeros([ROWS], tl.int32) + (context - 1)
+    key_scales = k_scales + kv_head * k_scale_head if FORM != "plain" else k_scales
+    value_scales = v_scales + kv_head * v_scale_head if FORM != "plain" else v_scales
     m, total, o = _attend(
         queries, positions, slopes, k_cache + kv_head * k_head, v_cache + kv_head * v_head,
         block_tables + sequence * table_stride, num_blocks, k_block, k_token, v_block, v_token,
-        first, last, scale, cap, window, HEAD_DIM, BLOCK_TOKENS, KEYS, CAPS, ALIBI, WINDOWED,
+        first, last, scale, cap, window,
+        key_scales, value_scales, k_scale_block, v_scale_block, k_scale_token, v_scale_token,
+        HEAD_DIM, BLOCK_TOKENS, KEYS, CAPS, ALIBI, WINDOWED, FORM,
     )  # fmt: skip
     at = (sequence * num_heads + heads) * tl.num_programs(2) + split
     tl.store(states + 2 * at, m, rows < GROUP)
@@ -236,7 +256,7 @@ def paged_attention(
     num_blocks, num_kv_heads, block_tokens, _ = cache.keys.shape
     seqs, max_blocks = block_tables.shape
     group, width, window = num_heads // num_kv_heads, _width(head_dim), sliding_window or 0
-    tiles = _tiles(_capability(q), q.dtype, width, decode=workspace is not None)
+    tiles = _tiles(_capability(q), q.dtype, width, cache.form, decode=workspace is not None)
     # scores are exponents of 2; before a cap they are those of its tanh
     scale, cap = (2 * scale / soft_cap, soft_cap) if soft_cap else (scale, 0.0)
     arguments = (
@@ -252,18 +272,19 @@ def paged_attention(
         "KEYS": tiles.keys,
         "CAPS": soft_cap is not None,
         "ALIBI": alibi_slopes is not None,
+        "FORM": cache.form,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
     if workspace is None:
         grid = (tokens * group // tiles.rows + seqs if seqs else 0, num_kv_heads)
-        launch(_prefill, grid, *arguments, out, seqs, **constants)
+        launch(_prefill, grid, *arguments, out, seqs, *scale_arguments(cache), **constants)
         return
     splits = triton.cdiv(max_blocks * block_tokens, SPLIT_TOKENS)
     partials = seqs * num_heads * splits
     outputs, states = workspace[: partials * head_dim], workspace[partials * head_dim :]
     grid = (seqs * triton.cdiv(group, tiles.rows), num_kv_heads, splits)
-    launch(_decode, grid, *arguments, states, outputs, **constants)
+    launch(_decode, grid, *arguments, states, outputs, *scale_arguments(cache), **constants)
     arguments = (states, outputs, cu_seqlens, context_lens, tokens, max_blocks, splits, window, out)
     launch(_reduce, (seqs, num_heads), *arguments, **shapes, num_warps=_reduce_warps(width))
 
@@ -278,7 +299,7 @@ class _Tiles:
     num_stages: int
 
 
-def _tiles(capability: int, dtype: torch.dtype, width: int, *, decode: bool) -> _Tiles:
+def _tiles(capability: int, dtype: torch.dtype, width: int, form: str, *, decode: bool) -> _Tiles:
     """Reasoned, not measured: as many as fit into registers beside a row's total.
 
     A row's bits depend on `keys`, and on how the threads that share a row divide its keys: both must be the same in
@@ -286,7 +307,8 @@ def _tiles(capability: int, dtype: torch.dtype, width: int, *, decode: bool) -> 
     """
     if dtype == torch.float32:  # no matrix units
         if capability >= 90:
-            return _Tiles(16, 16, 4, 2)
+            # integers that are to become floats need registers of their own
+            return _Tiles(16, 16, 4, 2) if form == "plain" else _Tiles(16, 16, 8, 1)
         return _Tiles(32, 16, 8, 1) if width <= 64 else _Tiles(16, 16, 8, 2)
     if 100 <= capability < 110:
         return _Tiles(128, 64, 8, 2) if width <= 128 else _Tiles(64, 64, 8, 2)
@@ -319,18 +341,25 @@ def variants(capability: int) -> list[Variant]:
     for head_dim in (64, 128):
         for option in (plain, windowed):
             found += _variants(capability, "fp32", head_dim, option)
+        for element in ("bf16", "fp32"):
+            for form in GREATEST:
+                found += _variants(capability, element, head_dim, plain, form)
     return found
 
 
-def _variants(capability: int, element: str, head_dim: int, options: tuple[str, ...]) -> list[Variant]:
+def _variants(
+    capability: int, element: str, head_dim: int, options: tuple[str, ...], form: str = "plain"
+) -> list[Variant]:
     """Prefill, decode, and where it is not that of another, _reduce."""
     windowed, capped, alibi = (option in options for option in ("windowed", "capped", "alibi"))
     width = _width(head_dim)
-    name = " ".join((element, str(head_dim), *options))
+    name = " ".join((element, str(head_dim), *options, *(() if form == "plain" else ("of", form))))
+    scales, scale_constants = scale_types(form)
     lengths = {"cu_seqlens": "*i32", "context_lens": "*i32"}
     strides = ("k_block", "k_head", "k_token", "v_block", "v_head", "v_token")
     arguments = {
-        **dict.fromkeys(("q", "k_cache", "v_cache"), f"*{element}"),
+        "q": f"*{element}",
+        **dict.fromkeys(("k_cache", "v_cache"), f"*{element}" if form == "plain" else "*i8"),
         **lengths,
         "block_tables": "*i32",
         "alibi_slopes": "*fp32",
@@ -342,13 +371,14 @@ def _variants(capability: int, element: str, head_dim: int, options: tuple[str, 
     partials = {"states": "*fp32", "outputs": "*fp32"}
     shapes = {"HEAD_DIM": head_dim, "BLOCK_TOKENS": 16, "WIDTH": width, "WINDOWED": windowed}
     found = []
-    for decode in (False, True):
-        tiles = _tiles(capability, torch.float32 if element == "fp32" else torch.bfloat16, width, decode=decode)
+    for decodes in (False, True):
+        dtype = torch.float32 if element == "fp32" else torch.bfloat16
+        tiles = _tiles(capability, dtype, width, form, decode=decodes)
         found.append(
             Variant(
-                name=f"attention {'decode' if decode else 'prefill'} {name}",
-                kernel=_decode if decode else _prefill,
-                arguments={**arguments, **(partials if decode else {"out": f"*{element}", "seqs": "i32"})},
+                name=f"attention {'decode' if decodes else 'prefill'} {name}",
+                kernel=_decode if decodes else _prefill,
+                arguments={**arguments, **(partials if decodes else {"out": f"*{element}", "seqs": "i32"}), **scales},
                 constants={
                     **shapes,
                     "GROUP": 3 if head_dim == 64 else 4,
@@ -356,14 +386,16 @@ def _variants(capability: int, element: str, head_dim: int, options: tuple[str, 
                     "KEYS": tiles.keys,
                     "CAPS": capped,
                     "ALIBI": alibi,
+                    "FORM": form,
+                    **scale_constants,
                 },
-                aligned=strides,
+                aligned=(*strides, *scales),
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
                 matrix=element == "bf16",
             )
         )
-    if not capped and not alibi:
+    if not capped and not alibi and form == "plain":
         numbers = dict.fromkeys(("tokens", "max_blocks", "splits", "window"), "i32")
         found.append(
             Variant(

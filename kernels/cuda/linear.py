@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cuda.elements import decode
 from kernels.cuda.rows import PARTS, part_features
 from kernels.cuda.tile import dot, launch, narrow
 from kernels.cuda.variant import Variant
@@ -49,19 +50,6 @@ def _tiles(form: str, dtype: torch.dtype) -> dict[int, _Tile]:
 
 
 @triton.jit
-def _decode(codes, FORM: tl.constexpr, PART: tl.constexpr):
-    """Bytes -> the numbers they stand for, float32, without conversions of integers, of which a GPU does few."""
-    bits = codes.to(tl.int32)
-    if FORM == "int8":
-        return ((bits ^ 0x80) & 0xFF | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0  # 2^23 + 128
-    if FORM == "int4":
-        return (bits >> 4 * PART & 15 | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0  # 2^23 + 8
-    if FORM == "fp8":
-        return ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-    return ((bits & 0x20) << 26 | (bits & 0x1F) << 21).to(tl.float32, bitcast=True) * 2.1267647932558654e37  # 2^124
-
-
-@triton.jit
 def _weights(
     weight, scale, offset, outputs, start, in_features, part, num_groups,
     FORM: tl.constexpr, PART: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HAS_OFFSET: tl.constexpr,
@@ -80,9 +68,9 @@ def _weights(
         row = weight + outputs.to(tl.int64) * (3 * part)
         high = tl.load(row + (PART % 2) * part + features, within, other=0).to(tl.int32) >> 4 * (PART // 2) & 15
         low = tl.load(row + 2 * part + features, within, other=0).to(tl.int32) >> 2 * PART & 3
-        values = _decode(high << 2 | low, FORM, PART)
+        values = decode(high << 2 | low, FORM, PART)
     else:
-        values = _decode(tl.load(weight + outputs.to(tl.int64) * part + features, within, other=0), FORM, PART)
+        values = decode(tl.load(weight + outputs.to(tl.int64) * part + features, within, other=0), FORM, PART)
     if GROUP > 0:
         first += PART * part
         present = (outputs < OUT) & (first < in_features)

@@ -6,20 +6,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cuda.elements import encode, most_of, scale_arguments, scale_of, scale_types
 from kernels.cuda.tile import launch, narrow
 from kernels.cuda.variant import Variant
-from kernels.kv_format import KvPlanes
+from kernels.kv_format import GREATEST, KvPlanes
 
 _GROUP = 4  # heads of a program; what a head is computed with does not depend on its neighbours there
 
 
 @triton.jit
 def _rotate(
-    x, y, within, cos_sin, norm, eps,
+    x, y, scales, within, cos_sin, norm, eps,
     HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, NORMED: tl.constexpr,
-    PAIRS: tl.constexpr, REST: tl.constexpr,
+    PAIRS: tl.constexpr, REST: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """Heads at x [heads, 1] to y [heads, 1], those that are `within`."""
+    """Heads at x [heads, 1] to y [heads, 1], those that are `within`; in a form that is not plain, with scales."""
     half: tl.constexpr = ROTARY // 2
     pair = tl.arange(0, PAIRS)
     low = pair * 2 if INTERLEAVED else pair
@@ -39,20 +40,33 @@ def _rotate(
         first = first * inverse * tl.load(norm + low, pair < half, other=0.0).to(tl.float32)[None, :]
         second = second * inverse * tl.load(norm + high, pair < half, other=0.0).to(tl.float32)[None, :]
         others = others * inverse * tl.load(norm + rest, rest < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
-    dtype: tl.constexpr = y.dtype.element_ty
-    tl.store(y + low[None, :], narrow(first * cosine - second * sine, dtype), rotated)
-    tl.store(y + high[None, :], narrow(second * cosine + first * sine, dtype), rotated)
-    tl.store(y + rest[None, :], narrow(others, dtype), passed)
+    dtype: tl.constexpr = x.dtype.element_ty
+    lower = narrow(first * cosine - second * sine, dtype)
+    upper = narrow(second * cosine + first * sine, dtype)
+    others = narrow(others, dtype)
+    if FORM == "plain":
+        tl.store(y + low[None, :], lower, rotated)
+        tl.store(y + high[None, :], upper, rotated)
+        tl.store(y + rest[None, :], others, passed)
+    else:
+        lower, upper, others = lower.to(tl.float32), upper.to(tl.float32), others.to(tl.float32)
+        most = tl.maximum(most_of(lower), most_of(upper), tl.PropagateNan.ALL)
+        scale, inverse = scale_of(tl.maximum(most, most_of(others), tl.PropagateNan.ALL)[:, None], FORM)
+        tl.store(y + low[None, :], encode(lower * inverse, FORM), rotated)
+        tl.store(y + high[None, :], encode(upper * inverse, FORM), rotated)
+        tl.store(y + rest[None, :], encode(others * inverse, FORM), passed)
+        tl.store(scales, scale, within)
 
 
 @triton.jit
 def _rope_and_cache(
     qkv, cos_sin, positions, slots, out, k_cache, v_cache, q_norm, k_norm,
     k_block_stride, k_head_stride, k_token_stride, v_block_stride, v_head_stride, v_token_stride,
-    max_positions, num_blocks, eps,
+    max_positions, num_blocks, eps, k_scales, v_scales,
+    k_scale_block, k_scale_head, v_scale_block, v_scale_head, k_scale_token, v_scale_token,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, INTERLEAVED: tl.constexpr, NORMED: tl.constexpr,
-    GROUP: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, DIM: tl.constexpr,
+    GROUP: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, DIM: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
@@ -69,25 +83,34 @@ def _rope_and_cache(
         return
     if group < q_groups:
         heads = (group * GROUP + tl.arange(0, GROUP))[:, None]
-        start = out + token * (HEADS * HEAD_DIM)
+        q_start = out + token * (HEADS * HEAD_DIM)
         _rotate(
-            row + heads * HEAD_DIM, start + heads * HEAD_DIM, heads < HEADS, turn, q_norm, eps,
-            HEAD_DIM, ROTARY, INTERLEAVED, NORMED, PAIRS, REST,
+            row + heads * HEAD_DIM, q_start + heads * HEAD_DIM, None, heads < HEADS, turn, q_norm, eps,
+            HEAD_DIM, ROTARY, INTERLEAVED, NORMED, PAIRS, REST, "plain",
         )  # fmt: skip
     elif group < q_groups + kv_groups:
         heads = ((group - q_groups) * GROUP + tl.arange(0, GROUP))[:, None]
-        start = k_cache + block * k_block_stride + offset * k_token_stride
+        k_start = k_cache + block * k_block_stride + offset * k_token_stride
+        key_scales = None
+        if FORM != "plain":
+            key_scales = k_scales + block * k_scale_block + offset * k_scale_token + heads.to(tl.int64) * k_scale_head
         _rotate(
-            row + (HEADS + heads) * HEAD_DIM, start + heads.to(tl.int64) * k_head_stride, heads < KV_HEADS, turn,
-            k_norm, eps, HEAD_DIM, ROTARY, INTERLEAVED, NORMED, PAIRS, REST,
+            row + (HEADS + heads) * HEAD_DIM, k_start + heads.to(tl.int64) * k_head_stride, key_scales,
+            heads < KV_HEADS, turn, k_norm, eps, HEAD_DIM, ROTARY, INTERLEAVED, NORMED, PAIRS, REST, FORM,
         )  # fmt: skip
     else:
         heads = ((group - q_groups - kv_groups) * GROUP + tl.arange(0, GROUP))[:, None]
-        start = v_cache + block * v_block_stride + offset * v_token_stride
+        v_start = v_cache + block * v_block_stride + offset * v_token_stride
         dims = tl.arange(0, DIM)[None, :]
         within = (heads < KV_HEADS) & (dims < HEAD_DIM)
-        value = tl.load(row + (HEADS + KV_HEADS + heads) * HEAD_DIM + dims, within)
-        tl.store(start + heads.to(tl.int64) * v_head_stride + dims, value, within)
+        value = tl.load(row + (HEADS + KV_HEADS + heads) * HEAD_DIM + dims, within, other=0.0)
+        if FORM != "plain":
+            value = value.to(tl.float32)
+            scale, inverse = scale_of(most_of(value)[:, None], FORM)
+            value = encode(value * inverse, FORM)
+            scale_start = v_scales + block * v_scale_block + offset * v_scale_token
+            tl.store(scale_start + heads.to(tl.int64) * v_scale_head, scale, heads < KV_HEADS)
+        tl.store(v_start + heads.to(tl.int64) * v_head_stride + dims, value, within)
 
 
 def rope_and_cache(
@@ -106,10 +129,11 @@ def rope_and_cache(
     tokens, num_heads, head_dim = out.shape
     num_blocks, num_kv_heads, block_tokens, _ = cache.keys.shape
     max_positions, rotary = cos_sin.shape
-    constants = _constants(num_heads, num_kv_heads, head_dim, rotary, block_tokens, interleaved, q_norm is not None)
+    shape = num_heads, num_kv_heads, head_dim, rotary, block_tokens, interleaved, q_norm is not None
+    constants = _constants(*shape, cache.form)
     arguments = (
         qkv, cos_sin, positions, slots, out, cache.keys, cache.values, q_norm, k_norm,
-        *cache.keys.stride()[:3], *cache.values.stride()[:3], max_positions, num_blocks, eps,
+        *cache.keys.stride()[:3], *cache.values.stride()[:3], max_positions, num_blocks, eps, *scale_arguments(cache),
     )  # fmt: skip
     groups = triton.cdiv(num_heads, _GROUP) + 2 * triton.cdiv(num_kv_heads, _GROUP)
     launch(_rope_and_cache, (tokens, groups), *arguments, **constants, num_warps=_num_warps(head_dim))
@@ -123,28 +147,37 @@ def variants(capability: int) -> list[Variant]:
         ("32/8x128 normed", (32, 8, 128, 128, 16, False, True)),
         ("16/16x256 of which 64 interleaved", (16, 16, 256, 64, 16, True, False)),
     )
-    strides = [f"{cache}_{of}_stride" for cache in "kv" for of in ("block", "head", "token")]
     return [
-        Variant(
-            name=f"rope_and_cache {dtype} {name}",
-            kernel=_rope_and_cache,
-            arguments={
-                "qkv": f"*{dtype}",
-                "cos_sin": "*fp32",
-                "positions": "*i32",
-                "slots": "*i64",
-                **dict.fromkeys(("out", "k_cache", "v_cache", "q_norm", "k_norm"), f"*{dtype}"),
-                **dict.fromkeys(strides, "i32"),
-                **dict.fromkeys(("max_positions", "num_blocks"), "i32"),
-                "eps": "fp32",
-            },
-            constants=_constants(*shape),
-            aligned=tuple(strides),
-            num_warps=_num_warps(shape[2]),
-        )
+        _variant(f"{dtype} {name}{'' if form == 'plain' else f' to {form}'}", dtype, shape, form)
         for dtype in ("bf16", "fp32")
         for name, shape in models
+        for form in ("plain", *GREATEST)
     ]
+
+
+def _variant(name: str, dtype: str, shape: tuple[int, int, int, int, int, bool, bool], form: str) -> Variant:
+    strides = [f"{cache}_{of}_stride" for cache in "kv" for of in ("block", "head", "token")]
+    scales, constants = scale_types(form)
+    return Variant(
+        name=f"rope_and_cache {name}",
+        kernel=_rope_and_cache,
+        arguments={
+            "qkv": f"*{dtype}",
+            "cos_sin": "*fp32",
+            "positions": "*i32",
+            "slots": "*i64",
+            "out": f"*{dtype}",
+            **dict.fromkeys(("k_cache", "v_cache"), f"*{dtype}" if form == "plain" else "*i8"),
+            **dict.fromkeys(("q_norm", "k_norm"), f"*{dtype}"),
+            **dict.fromkeys(strides, "i32"),
+            **dict.fromkeys(("max_positions", "num_blocks"), "i32"),
+            "eps": "fp32",
+            **scales,
+        },
+        constants=_constants(*shape, form) | constants,
+        aligned=(*strides, *scales),
+        num_warps=_num_warps(shape[2]),
+    )
 
 
 def _constants(
@@ -155,7 +188,8 @@ def _constants(
     block_tokens: int,
     interleaved: bool,
     normed: bool,
-) -> dict[str, int | bool]:
+    form: str,
+) -> dict[str, int | bool | str]:
     return {
         "HEADS": num_heads,
         "KV_HEADS": num_kv_heads,
@@ -168,6 +202,7 @@ def _constants(
         "PAIRS": max(triton.next_power_of_2(rotary // 2), 1),
         "REST": max(triton.next_power_of_2(head_dim - rotary), 1),
         "DIM": triton.next_power_of_2(head_dim),
+        "FORM": form,
     }
 
 

@@ -12,6 +12,7 @@ import pytest
 from decode_worker.group import Ended, Event, Failed, Group, NewTokens, Reserved
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.swap_space import SwapSpace
+from kernels.kv_format import GREATEST
 from shared.block_pool import BlockPool
 from shared.engine import Engine
 from tests.ahead import AheadEngine
@@ -151,6 +152,21 @@ def test_a_batch_of_mixed_parameters_gives_each_what_it_gets_alone(engine: Engin
 def test_preempted_sequences_come_back_to_the_same_bits(engine: Engine, swap_blocks: int | None) -> None:
     requests = [mixed_request(seed) for seed in range(6)]
     bench = Bench(engine, num_blocks=13, swap_blocks=swap_blocks)
+    groups = [bench.submit(request) for request in requests]
+    bench.run()
+    assert sum(bench.preemptions(group) for group in groups) > 0
+    for group, request in zip(groups, requests, strict=True):
+        assert bench.tokens(group) == alone(engine, request)
+    bench.check_empty()
+
+
+@pytest.mark.parametrize("kv_dtype", GREATEST)
+def test_preempted_sequences_of_a_quantized_cache_come_back_to_the_same_bits(
+    tiny_model: MakeModel, kv_dtype: str
+) -> None:
+    engine = tiny_engine(tiny_model("llama"), kv_dtype=kv_dtype)
+    requests = [mixed_request(seed) for seed in range(4)]
+    bench = Bench(engine, num_blocks=11, swap_blocks=1000)
     groups = [bench.submit(request) for request in requests]
     bench.run()
     assert sum(bench.preemptions(group) for group in groups) > 0

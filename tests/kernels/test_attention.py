@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels.attention import attention_workspace, paged_attention, paged_attention_reference
-from kernels.kv_format import KvPlanes
+from kernels.kv_format import GREATEST, KvFormat, KvPlanes, quantize_rows
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+FORMS = pytest.mark.parametrize("form", GREATEST)
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
 
 
@@ -46,7 +47,8 @@ class Case:
         scale = q.shape[2] ** -0.5
         scores = {"alibi_slopes": self.slopes, "soft_cap": self.soft_cap}
         if reference:
-            wide = KvPlanes(self.cache.keys.double(), self.cache.values.double())
+            wide = self.cache.widened()
+            wide = KvPlanes(wide.keys.double(), wide.values.double())
             return paged_attention_reference(q.double(), wide, *indices, scale, self.window, **scores)
         out = torch.full((len(q), q.shape[1] * q.shape[2]), torch.nan, dtype=q.dtype, device=device)
         more = scores | {"max_query_len": 1 if decode else None, "out": out}
@@ -83,6 +85,7 @@ def make_case(
     device: str = "cpu",
     slopes: bool = False,
     soft_cap: float | None = None,
+    form: str = "plain",
 ) -> Case:
     generator = torch.Generator().manual_seed(0)
     counts = [-(-length // block_tokens) for length in lengths]
@@ -98,15 +101,32 @@ def make_case(
                 part = rows[i * block_tokens : (i + 1) * block_tokens]
                 plane[block, :, : len(part)] = part.transpose(0, 1)
     queries = [(2 * torch.randn(length, heads, head_dim, generator=generator)).to(dtype) for length in lengths]
-    pool = pool.to(device)
+    cache = KvPlanes(pool[:, 1, 0].to(device), pool[:, 1, 1].to(device))
     return Case(
         [tensor.to(device) for tensor in queries],
         tables,
-        KvPlanes(pool[:, 1, 0], pool[:, 1, 1]),
+        cache if form == "plain" else quantized(cache, form),
         window,
         torch.logspace(-1, -8, heads, base=2).to(device) if slopes else None,
         soft_cap,
     )
+
+
+def quantized(cache: KvPlanes, form: str) -> KvPlanes:
+    """In a pool of bytes. The elements of what is poison are anything, and its scales NaN."""
+    blocks, kv_heads, block_tokens, head_dim = cache.keys.shape
+    layout = KvFormat(form, 2, kv_heads, head_dim, block_tokens)
+    pool = torch.full((blocks, layout.block_bytes), 0xFF, dtype=torch.uint8, device=cache.keys.device)
+    planes = layout.planes(pool, 1)
+    for rows, elements, scales in (
+        (cache.keys, planes.keys, planes.key_scales),
+        (cache.values, planes.values, planes.value_scales),
+    ):
+        assert scales is not None
+        for to, made in zip((elements, scales), quantize_rows(rows.cpu().nan_to_num(), form), strict=True):
+            to.copy_(made)
+        scales.masked_fill_(rows.isnan().any(-1), torch.nan)
+    return planes
 
 
 @DTYPES
@@ -157,6 +177,95 @@ def test_sliding_windows_and_block_sizes_match_the_reference(window: int, block_
     case = make_case([700, 65], window=window, block_tokens=block_tokens)
     spans = [(0, 400, 700), (1, 0, 65), (0, 699, 700)]
     torch.testing.assert_close(case.run(spans).double(), case.run(spans, reference=True), atol=2e-6, rtol=2e-6)
+
+
+@DTYPES
+@FORMS
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(6, 2, 64), (8, 1, 80), (2, 2, 8), (5, 1, 128), (2, 1, 24)]
+)
+def test_a_quantized_cache_matches_the_reference(
+    on: str, heads: int, kv_heads: int, head_dim: int, form: str, dtype: torch.dtype
+) -> None:
+    case = make_case([1, 17, 80], heads, kv_heads, head_dim, dtype, device=on, form=form)
+    spans = [(0, 0, 1), (1, 0, 17), (2, 70, 80)]
+    out, expected = case.run(spans), case.run(spans, reference=True)
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert torch.equal(case.run([(2, 79, 80), (1, 16, 17)], decode=True), out[[27, 17]])
+
+
+@DTYPES
+@FORMS
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "window"), [(9, 3, 64, None), (16, 2, 40, 70)])
+def test_rows_of_a_quantized_cache_have_the_same_bits_in_any_call(
+    heads: int, kv_heads: int, head_dim: int, window: int | None, form: str, dtype: torch.dtype
+) -> None:
+    lengths = [600, *torch.randint(1, 200, (20,), generator=torch.Generator().manual_seed(1)).tolist()]
+    case = make_case(lengths, heads, kv_heads, head_dim, dtype, window, form=form)
+    whole = case.whole()
+    assert whole.isfinite().all()
+    for chunk in (7, 64, 511):
+        parts = [case.run([(0, i, min(i + chunk, 600))]) for i in range(0, 600, chunk)]
+        assert torch.equal(torch.cat(parts), whole), chunk
+    steps = [*range(20), 63, 64, 127, 300, 511, 512, 599]
+    assert torch.equal(torch.cat([case.run([(0, i, i + 1)]) for i in steps]), whole[steps])
+    ends = [(s, length - 1, length) for s, length in enumerate(lengths)]
+    alone = torch.cat([case.run([end]) for end in ends])
+    assert torch.equal(case.run(ends, padding=5), alone)
+    assert torch.equal(case.run(ends[:3]), alone[:3])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(case.whole(), whole)
+        assert torch.equal(case.run([(0, 599, 600)]), whole[599:])
+    finally:
+        torch.set_num_threads(before)
+
+
+@FORMS
+def test_rows_of_a_quantized_cache_have_the_same_bits_across_splits_on_cuda(in_triton: str, form: str) -> None:
+    case = make_case([520], 2, 1, 64, torch.bfloat16, 100, device=in_triton, form=form)
+    chunk = case.run([(0, 505, 520)])
+    assert torch.equal(case.step(505, 511, 512, 519), chunk[[0, 6, 7, 14]])
+
+
+def in_blocks_of(block_tokens: int, case: Case) -> Case:
+    """The same keys and values of its one sequence."""
+    count = -(-len(case.queries[0]) // block_tokens)
+    table = list(range(count, 0, -1))
+
+    def moved(plane: Tensor | None) -> Tensor | None:
+        if plane is None:
+            return None
+        rows = torch.cat([plane[block] for block in case.tables[0]], 1)  # [kv_heads, tokens, ...]
+        blocks = rows.new_zeros(count + 1, rows.shape[0], block_tokens, *rows.shape[2:])
+        for block, part in zip(table, rows.split(block_tokens, 1), strict=True):
+            blocks[block, :, : part.shape[1]] = part
+        return blocks
+
+    cache = case.cache
+    moved_planes = map(moved, (cache.keys, cache.values, cache.key_scales, cache.value_scales))
+    return replace(case, tables=[table], cache=KvPlanes(*moved_planes, cache.form))
+
+
+@DTYPES
+@pytest.mark.parametrize("form", ["plain", *GREATEST])
+def test_the_size_of_blocks_leaves_the_bits_alone(on: str, form: str, dtype: torch.dtype) -> None:
+    case = make_case([80], 2, 1, 64, dtype, device=on, form=form)
+    cases = [case, *(in_blocks_of(block_tokens, case) for block_tokens in (1, 32, 128))]
+    whole, *others = (case.run([(0, 75, 80)]) for case in cases)
+    assert all(torch.equal(other, whole) for other in others)
+    assert all(torch.equal(case.step(79), whole[-1:]) for case in cases)
+
+
+@FORMS
+def test_a_scale_that_is_no_number_reaches_no_row_before_it(on: str, form: str) -> None:
+    case = make_case([40], heads=2, kv_heads=1, dtype=torch.bfloat16, device=on, form=form)
+    assert case.cache.key_scales is not None
+    case.cache.key_scales[case.tables[0][1], :, 4] = torch.nan  # position 20
+    out = case.whole()
+    assert out[:20].isfinite().all()
+    assert out[20:].isnan().all()
 
 
 def test_large_scores_neither_overflow_nor_vanish(on: str) -> None:
@@ -354,7 +463,7 @@ def test_empty_sequences_and_empty_batches(on: str, decode: bool) -> None:
 
 
 def test_broken_contracts_are_refused() -> None:
-    case = make_case([40])
+    case, few = make_case([40]), make_case([40], form="int8").cache
     q = case.queries[0]
     cu_seqlens = torch.tensor([0, 40], dtype=torch.int32)
     context = torch.tensor([40], dtype=torch.int32)
@@ -384,6 +493,11 @@ def test_broken_contracts_are_refused() -> None:
         "alibi_slopes and soft_cap are CUDA's alone": {"alibi_slopes": torch.ones(9)},
         "are CUDA's alone": {"soft_cap": 30.0},
         "soft_cap must be above 0": {"soft_cap": 0.0},
+        "form 'int4' is none of plain, int8, fp8": {"cache": replace(case.cache, form="int4")},
+        "keys and values of fp8 torch.int8, got torch.float32": {"cache": replace(case.cache, form="fp8")},
+        "belong to int8 and fp8 alone, and form is plain": {"cache": replace(case.cache, key_scales=torch.ones(4))},
+        "belong to int8 and fp8 alone, and form is int8": {"cache": replace(few, value_scales=None)},
+        "value_scales must be float32": {"cache": replace(few, key_scales=torch.ones(4))},
     }.items():
         with pytest.raises(ValueError, match=message):
             run(**change)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import device
-from kernels.kv_format import KvPlanes
+from kernels.kv_format import GREATEST, KvFormat, KvPlanes, quantize_rows
 from kernels.rope import rope_and_cache, rope_and_cache_reference
 
 BLOCK_TOKENS, BLOCKS = 16, 40
@@ -89,6 +89,78 @@ def test_matches_the_reference(
     # equal_nan: every other slot still holds its poison
     torch.testing.assert_close(cache.keys.double(), wide.keys, atol=tolerance, rtol=tolerance, equal_nan=True)
     torch.testing.assert_close(cache.values.double(), wide.values, atol=0, rtol=0, equal_nan=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("form", GREATEST)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "rotary", "interleaved", "normed"),
+    [
+        (9, 3, 64, 64, False, False),
+        (4, 5, 40, 26, True, True),
+        (2, 1, 24, 6, False, True),
+        (4, 2, 128, 128, False, True),
+    ],
+)
+def test_a_quantized_cache_has_what_a_plain_one_would_have_quantized(
+    on: str, heads: int, kv_heads: int, head_dim: int, rotary: int, interleaved: bool, normed: bool, form: str,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    tokens = 3 if device.INTERPRETED else 70
+    qkv = (torch.randn(tokens, heads + 2 * kv_heads, head_dim) * torch.logspace(-3, 3, head_dim)).to(dtype)
+    qkv[0, heads:] = 0
+    qkv[1, -1] = 2.0**-101
+    qkv[2, -1, 1:] *= 2.0**-20  # elements that round to 0, or that e4m3 has no exponent for
+    positions = torch.randint(0, 512, (tokens,), dtype=torch.int32)
+    slots = torch.randperm(BLOCKS * BLOCK_TOKENS)[:tokens]
+    norms = tuple(torch.randn(2, head_dim).to(dtype).to(on)) if normed else (None, None)
+    arguments = qkv.flatten(1).to(on), make_cos_sin(rotary).to(on), positions.to(on), slots.to(on)
+    plain = make_cache(kv_heads, head_dim, dtype, on)
+    q = rope_and_cache(*arguments, plain, heads, kv_heads, *norms, interleaved=interleaved)
+    layout = KvFormat(form, 2, kv_heads, head_dim, BLOCK_TOKENS)
+    pools = [torch.full((BLOCKS, layout.block_bytes), 0xFF, dtype=torch.uint8) for _ in "ab"]
+    found = pools[0].to(on)
+    cache = layout.planes(found, 1)
+    assert torch.equal(rope_and_cache(*arguments, cache, heads, kv_heads, *norms, interleaved=interleaved), q)
+    expected = layout.planes(pools[1], 1)
+    blocks, offsets = slots // BLOCK_TOKENS, slots % BLOCK_TOKENS
+    for rows, elements, scales in (
+        (plain.keys, expected.keys, expected.key_scales),
+        (plain.values, expected.values, expected.value_scales),
+    ):
+        assert scales is not None
+        made = quantize_rows(rows.cpu()[blocks, :, offsets], form)
+        elements[blocks, :, offsets], scales[blocks, :, offsets] = made
+    assert torch.equal(found.cpu(), pools[1])
+
+
+def test_the_reference_quantizes_too() -> None:
+    qkv, cos_sin = torch.randn(3, 4 * 16), make_cos_sin(16)
+    positions, slots = torch.arange(3, dtype=torch.int32), torch.tensor([16, 40, 90])
+    plain = make_cache(1, 16, torch.float32)
+    layout = KvFormat("int8", 2, 1, 16, BLOCK_TOKENS)
+    cache = layout.planes(torch.zeros(BLOCKS, layout.block_bytes, dtype=torch.uint8), 0)
+    for to in (plain, cache):
+        rope_and_cache_reference(qkv, cos_sin, positions, slots, to, 2, 1)
+    written = (slots // BLOCK_TOKENS, slice(None), slots % BLOCK_TOKENS)
+    widened = cache.widened()
+    torch.testing.assert_close(widened.keys[written], plain.keys[written], atol=0.02, rtol=0)
+    torch.testing.assert_close(widened.values[written], plain.values[written], atol=0.02, rtol=0)
+
+
+def test_scales_may_have_strides_of_their_own(on: str) -> None:
+    torch.manual_seed(1)
+    elements = [torch.zeros(6, 3, 4, 16, dtype=torch.int8, device=on) for _ in range(4)]
+    scales = torch.zeros(6, 3, 4, device=on), torch.zeros(6, 3, 4, device=on)
+    apart = torch.zeros(4, 3, 6, device=on).transpose(0, 2), torch.zeros(6, 3, 4, 2, device=on)[..., 1]
+    qkv, cos_sin = torch.randn(5, 11 * 16).to(on), make_cos_sin(16).to(on)
+    positions, slots = torch.arange(5, dtype=torch.int32).to(on), torch.tensor([23, 4, 5, 0, 13]).to(on)
+    for cache in (KvPlanes(*elements[:2], *scales, "int8"), KvPlanes(*elements[2:], *apart, "int8")):
+        rope_and_cache(qkv, cos_sin, positions, slots, cache, 5, 3)
+    assert torch.equal(elements[2], elements[0])
+    assert all(torch.equal(found, expected) for found, expected in zip(apart, scales, strict=True))
+    assert scales[0].count_nonzero() == scales[1].count_nonzero() == 15
 
 
 def test_interleaved_is_rotate_half_of_reordered_dimensions(on: str) -> None:

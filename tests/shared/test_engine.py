@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gateway.model import ServedModel
+from kernels.kv_format import GREATEST
 from shared.batch import BatchEntry
 from shared.config import ConfigError, load_config
 from shared.engine import Engine, EnginePlan
@@ -110,6 +111,31 @@ def test_a_quantized_engine_replays_what_it_computes_in_a_prompt(tiny_model: Mak
     prompt = quantized.forward([BatchEntry(tokens, 0, [1, 2, 3], "all")]).clone()
     for position, token in enumerate(tokens):
         assert torch.equal(quantized.forward([BatchEntry([token], position, [4, 5, 6])])[0], prompt[position])
+
+
+@pytest.mark.parametrize("kv_dtype", GREATEST)
+def test_a_quantized_cache_gives_the_same_bits_alone_in_chunks_and_in_a_batch(
+    tiny_model: MakeModel, engine: Engine, kv_dtype: str
+) -> None:
+    quantized = tiny_engine(tiny_model("qwen3"), num_blocks=96, kv_dtype=kv_dtype)
+    quantized.warm_up()
+    tokens, table = [5 + i * 7 % 90 for i in range(45)], [3, 1, 2]
+    whole = quantized.forward([BatchEntry(tokens, 0, table, "all")]).clone()
+    for size in (1, 7, 16, 40):
+        parts = [BatchEntry(tokens[i : i + size], i, [6, 4, 5], "all") for i in range(0, 45, size)]
+        assert torch.equal(torch.cat([quantized.forward([part]).clone() for part in parts]), whole), size
+    for width in (1, 5):  # decode steps of copies of the sequence, of which the last block is their own
+        for row in range(width):
+            quantized.copy_blocks(table, [10 + 3 * row, 11 + 3 * row, 12 + 3 * row])
+        steps = [BatchEntry([tokens[44]], 44, [10 + 3 * row, 11 + 3 * row, 12 + 3 * row]) for row in range(width)]
+        assert torch.equal(quantized.forward(steps), whole[44:].expand(width, -1))
+    beside = quantized.forward(
+        [BatchEntry(tokens[20:], 20, table, "all"), BatchEntry(list(range(9, 60)), 0, [7, 8, 9, 13])]
+    )
+    assert torch.equal(beside[:25], whole[20:])
+    plain = engine.forward([BatchEntry(tokens, 0, table, "all")])
+    difference = (whole - plain).abs()
+    assert 0 < difference.mean() < (0.02 if kv_dtype == "int8" else 0.1) * plain.std()
 
 
 def test_end_tokens_are_the_models_own(tiny_model: MakeModel, tmp_path: Path) -> None:
