@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -216,7 +217,9 @@ def _merges(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 def gguf_state_dict(path: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What transformers reads from a GGUF file for a model of its own, in float32."""
-    return load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    # it makes the same table of names anew for each part of a model, which is most of its time
+    with mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)):
+        return load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
 
 
 @functools.cache

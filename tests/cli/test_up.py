@@ -60,7 +60,8 @@ def ended(handles: dict[int, str], timeout_s: float) -> bool:
     return all(done)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# tests/e2e/test_serve.py interrupts one too
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_it_serves_until_a_signal_and_leaves_nothing(number: signal.Signals, tiny_model: Callable[[str], Path]):
     flags = ("--model", str(tiny_model("llama")), "--prefill", "2", "--dtype", "float32", "--quantization", "int8")
     with up(*flags) as (process, text):
@@ -78,6 +79,7 @@ def test_it_serves_until_a_signal_and_leaves_nothing(number: signal.Signals, tin
         assert ended(children, timeout_s=0)
 
 
+@pytest.mark.slow  # tests/e2e/test_serve.py kills one with requests running
 def test_its_processes_end_when_it_is_killed(tiny_model: Callable[[str], Path]):
     with up("--model", str(tiny_model("llama"))) as (process, _):
         children = members(process)

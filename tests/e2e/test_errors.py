@@ -173,48 +173,54 @@ async def test_workers_check_what_the_gateway_sends(service: Cluster) -> None:
     await service.settled()
 
 
-async def test_draining(tiny_model: Callable[[str], Path]) -> None:
-    async with Cluster(model=str(tiny_model("llama"))) as cluster:
-        await cluster.generate(request())
-        for member in cluster.workers:
-            await worker_pb2_grpc.WorkerServiceStub(cluster.channel(member.grpc)).Drain(worker_pb2.DrainRequest())
-        error = await failure(cluster.stub.Generate(request(), timeout=20))
-        assert error.code == Code.UNAVAILABLE
-        assert error.retry_after_s
-
-
-async def test_no_worker_alive(tiny_model: Callable[[str], Path]) -> None:
-    async with Cluster(model=str(tiny_model("llama"))) as cluster:
-        await cluster.decode[0].kill()
-        error = await failure(cluster.stub.Generate(request(), timeout=20))
-        assert error.code == Code.UNAVAILABLE
-        assert error.retry_after_s
-        health = health_pb2_grpc.HealthStub(cluster.channel(cluster.grpc_target))
-        async for reply in health.Watch(health_pb2.HealthCheckRequest()):
-            if reply.status == health_pb2.HealthCheckResponse.NOT_SERVING:
-                break
-
-
-async def test_queue_full(tiny_model: Callable[[str], Path]) -> None:
+@pytest.fixture(scope="module")
+async def narrow(tiny_model: Callable[[str], Path]) -> AsyncIterator[Cluster]:
+    """One request at a time, and one that waits."""
     settings = {"gateway.max_running": 1, "gateway.max_queued": 1, "max_context": 2048}
     async with Cluster(model=str(tiny_model("llama")), settings=settings) as cluster:
-        long = request(text="Hi", sampling={"max_tokens": 1500, "ignore_eos": True})
-        running = cluster.stub.Generate(long)
-        await running.read()
-        queued = cluster.stub.Generate(request())
-        refused = None
-        # the second request may reach the queue after the third: one of the two is refused
-        third = cluster.stub.Generate(request())
-        done, _ = await asyncio.wait(
-            {asyncio.ensure_future(failure(queued)), asyncio.ensure_future(failure(third))},
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        refused = done.pop().result()
-        assert refused.code == Code.RESOURCE_EXHAUSTED
-        assert refused.retry_after_s
-        for call in (running, queued, third):
-            call.cancel()
-        await cluster.settled()
+        yield cluster
+
+
+async def test_queue_full(narrow: Cluster) -> None:
+    long = request(text="Hi", sampling={"max_tokens": 1500, "ignore_eos": True})
+    running = narrow.stub.Generate(long)
+    await running.read()
+    queued = narrow.stub.Generate(request())
+    refused = None
+    # the second request may reach the queue after the third: one of the two is refused
+    third = narrow.stub.Generate(request())
+    done, _ = await asyncio.wait(
+        {asyncio.ensure_future(failure(queued)), asyncio.ensure_future(failure(third))},
+        return_when=asyncio.FIRST_COMPLETED,
+    )
+    refused = done.pop().result()
+    assert refused.code == Code.RESOURCE_EXHAUSTED
+    assert refused.retry_after_s
+    for call in (running, queued, third):
+        call.cancel()
+    await narrow.settled()
+
+
+async def test_no_worker_alive_or_all_drain(narrow: Cluster) -> None:
+    """The last of its cluster: a worker that drains takes nothing new until it is started again."""
+    await narrow.generate(request())
+    await narrow.decode[0].kill()
+    error = await failure(narrow.stub.Generate(request(), timeout=20))
+    assert error.code == Code.UNAVAILABLE
+    assert error.retry_after_s
+    health = health_pb2_grpc.HealthStub(narrow.channel(narrow.grpc_target))
+    async for reply in health.Watch(health_pb2.HealthCheckRequest()):
+        if reply.status == health_pb2.HealthCheckResponse.NOT_SERVING:
+            break
+
+    await narrow.decode[0].restart()
+    await narrow.known(narrow.decode[0])
+    await narrow.generate(request())
+    for member in narrow.workers:
+        await worker_pb2_grpc.WorkerServiceStub(narrow.channel(member.grpc)).Drain(worker_pb2.DrainRequest())
+    error = await failure(narrow.stub.Generate(request(), timeout=20))
+    assert error.code == Code.UNAVAILABLE
+    assert error.retry_after_s
 
 
 KEYS = """

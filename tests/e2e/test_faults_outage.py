@@ -193,6 +193,7 @@ async def test_every_layout_field_differs_in_turn(service: Cluster) -> None:
         assert field.name in error.message
 
 
+@pytest.mark.slow  # tests/e2e/test_namespaces.py and tests/gateway/test_service.py show the same with fewer restarts
 async def test_a_required_transport_that_cannot_be_had(service: Cluster) -> None:
     """Nobody falls back: the decode worker refuses the pair, and a gateway does not start on it."""
     await service.prefill[0].restart({"transport.disable": ["shared_memory"]})

@@ -76,7 +76,10 @@ async def kill_while_decoding(service: Cluster, request: Any, at: tuple[int, ...
     return await stream.rest()
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
+# "seeded" is part of what has a seed and penalties, "four" of "four with penalties"
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("seeded", "four"))) for name in SAMPLINGS]
+)
 async def test_decode_killed_in_mid_stream(service: Cluster, name: str) -> None:
     request = ask(prompt(37), **{"max_tokens": MAX_TOKENS, **SAMPLINGS[name]})
     undisturbed = await service.generate(request)

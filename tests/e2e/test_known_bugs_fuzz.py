@@ -25,7 +25,8 @@ from tests.e2e.faults import ask, failure, prompt
 from tests.workers import sampling
 
 Code = grpc.StatusCode
-CASES = 300  # of each RPC
+# of each RPC; each has a seed of its own, so the slow ones are others
+CASES = [pytest.param(range(150), id="150"), pytest.param(range(150, 600), id="450 more", marks=pytest.mark.slow)]
 AT_ONCE = 12
 # what a client may be told; its own deadline and cancellation among it
 TOLD = {
@@ -233,8 +234,9 @@ METHODS = [
 ]
 
 
+@pytest.mark.parametrize("cases", CASES)
 @pytest.mark.parametrize(("who", "method"), METHODS)
-async def test_any_message(service: Cluster, who: str, method: MethodDescriptor) -> None:
+async def test_any_message(service: Cluster, who: str, method: MethodDescriptor, cases: range) -> None:
     member = {"gateway": service.gateway, "prefill": service.prefill[0], "decode": service.decode[0]}[who]
     pids = [m.pid for m in service.members]
     seen = len(service.log)
@@ -256,7 +258,7 @@ async def test_any_message(service: Cluster, who: str, method: MethodDescriptor)
             code = await outcome(service.channel(member.grpc), method, requests)
         assert code in TOLD, f"case {number}: {code} for {requests}"
 
-    await asyncio.gather(*(one(number) for number in range(CASES)))
+    await asyncio.gather(*(one(number) for number in cases))
     await service.settled()
     assert [m.pid for m in service.members if m.alive] == pids
     assert not [line for line in service.log[seen:] if "incident" in line or "Traceback" in line]

@@ -62,34 +62,40 @@ class Case:
     repeat: int = 1
     preempts: bool = False
     caches: bool = False
+    inline: bool = False
 
 
-CASES = (
+CHUNK_16 = (("prefill.chunk_tokens", 16), ("prefill.batch_tokens", 48))
+UNCACHED = (("prefill.prefix_cache", False), ("decode.prefix_cache", False))
+INLINE = (("transport.disable", ["shared_memory"]), ("transport.checksum", True))
+SMALL_AND_LARGE = (("prefill.block_tokens", 8), ("decode.block_tokens", 32))
+SWAP = (("decode.num_blocks", 40), ("decode.preemption", "swap"))
+RECOMPUTE = (("decode.num_blocks", 40), ("decode.preemption", "recompute"))
+
+# each of the surroundings below at least once, several at a time: starting processes is what takes long here
+TOGETHER = (
+    Case("chunk 512, and a prefix cache hit in full", settings=(("prefill.chunk_tokens", 512),), repeat=2, caches=True),
+    Case("chunk 16, one thread, prefix cache off", settings=(*CHUNK_16, *UNCACHED, ("threads", 1))),
+    Case("2P2D, inline, blocks of 8 and 32", prefill=2, decode=2, settings=(*INLINE, *SMALL_AND_LARGE), inline=True),
+    Case("preempted by swap", settings=SWAP, preempts=True),
+    Case("local prefill, preempted by recompute", prefill=0, settings=RECOMPUTE, preempts=True),
+    Case("prefill's blocks are larger", settings=(("prefill.block_tokens", 64),), repeat=2, caches=True),
+)
+# one at a time, to find out which it is
+ALONE = (
     Case("among 32 neighbours, chunk 512", settings=(("prefill.chunk_tokens", 512),)),
-    Case("chunk 16", settings=(("prefill.chunk_tokens", 16), ("prefill.batch_tokens", 48))),
+    Case("chunk 16", settings=CHUNK_16),
     Case("chunk 64", settings=(("prefill.chunk_tokens", 64), ("prefill.batch_tokens", 64))),
-    Case(
-        "prefix cache off",
-        settings=(("prefill.prefix_cache", False), ("decode.prefix_cache", False)),
-    ),
+    Case("prefix cache off", settings=UNCACHED),
     Case("prefix cache hit in full", repeat=2, caches=True),
     Case("one thread", settings=(("threads", 1),)),
     Case("2P1D", prefill=2),
     Case("1P2D", decode=2),
     Case("2P2D", prefill=2, decode=2),
     Case("local prefill", prefill=0),
-    Case(
-        "inline transport",
-        settings=(("transport.disable", ["shared_memory"]), ("transport.checksum", True)),
-    ),
-    Case("prefill's blocks are larger", settings=(("prefill.block_tokens", 64),), repeat=2, caches=True),
-    Case("decode's blocks are larger", settings=(("prefill.block_tokens", 8), ("decode.block_tokens", 32))),
-    Case("preempted by swap", settings=(("decode.num_blocks", 40), ("decode.preemption", "swap")), preempts=True),
-    Case(
-        "preempted by recompute",
-        settings=(("decode.num_blocks", 40), ("decode.preemption", "recompute")),
-        preempts=True,
-    ),
+    Case("inline transport", settings=INLINE, inline=True),
+    Case("decode's blocks are larger", settings=SMALL_AND_LARGE),
+    Case("preempted by recompute", settings=RECOMPUTE, preempts=True),
 )
 
 
@@ -100,19 +106,18 @@ KINDS: dict[str, dict[str, object]] = {
     "int4": {"dtype": "bfloat16", "quantization": "int4"},
 }
 # these change the shapes of the arithmetic; the others are checked in bfloat16 alone
-SLOW = ("chunk 64", "2P1D", "1P2D", "decode's blocks are larger")
-SHAPES_CHANGE = ("among 32 neighbours, chunk 512", "chunk 16", "preempted by swap")
+SHAPES_CHANGE = (TOGETHER[0], TOGETHER[1], TOGETHER[3])
 CASES_BY_KIND = [
-    # float32 and int8 take the ways of bfloat16 and int4, and some cases are part of others
+    # float32 and int8 take the ways of bfloat16 and int4
     pytest.param(
         kind,
         case,
         id=f"{kind}-{case.name}",
-        marks=[pytest.mark.slow] * (kind in ("float32", "int8") or case.name in SLOW),
+        marks=[pytest.mark.slow] * (kind in ("float32", "int8") or case in ALONE),
     )
     for kind in KINDS
-    for case in CASES
-    if kind == "bfloat16" or case.name in SHAPES_CHANGE
+    for case in (*TOGETHER, *ALONE)
+    if kind == "bfloat16" or case in SHAPES_CHANGE
 ]
 
 
@@ -152,7 +157,7 @@ class Served:
                         assert result.usage.cached_tokens >= (result.usage.prompt_tokens - 1) // 16 * 16
             if case.preempts:
                 assert sum(result.receipt.preemptions for result in results.values()) > 0
-            if case.name == "inline transport":
+            if case.inline:
                 assert all(r.receipt.transport == types_pb2.TRANSPORT_INLINE for r in results.values())
             await cluster.settled()
 

@@ -133,7 +133,7 @@ async def test_a_worker_that_comes_back_is_described_anew(scene: Scene) -> None:
 async def test_a_worker_that_comes_back_with_another_layout_is_not_used(scene: Scene) -> None:
     await scene.prefill.kill()
     await scene.gone(scene.prefill)
-    scene.prefill.layout = {"block_tokens": 8}
+    scene.prefill.layout = {"num_layers": 3}
     await scene.prefill.start()
     known = scene.gateway.workers._all[0]
     while known.fault is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,18 @@ from kernels.cpu import library
 from kernels.gather import gather
 from kernels.linear import LinearWeight, linear
 
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+
 
 def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of it: the whole takes ten times as long."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for path in (*library.SOURCE_DIR.glob("*.h"), *(library.SOURCE_DIR / name for name in ("gather.c", "team.c"))):
+        shutil.copy(path, sources)
+    monkeypatch.setattr(library, "SOURCE_DIR", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-Wall", "-Wextra", "-Werror"))
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, *WARNINGS))
     built = library.build()
     assert built.parent == tmp_path / "tandem" / "kernels"
     assert [path.name for path in built.parent.iterdir()] == [built.name], "nothing half built stays behind"
@@ -27,6 +36,19 @@ def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert library.build() == built
     assert built.stat().st_mtime_ns == made
     ctypes.CDLL(str(built))
+
+
+def test_no_source_has_a_warning() -> None:
+    sources = sorted(library.SOURCE_DIR.glob("*.c"))
+    assert len(sources) > 5
+    library._run([["gcc", *library.FLAGS, *WARNINGS, "-fsyntax-only", *map(str, sources)]])
+
+
+@pytest.mark.slow
+def test_no_source_has_a_warning_once_optimized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, *WARNINGS))
+    ctypes.CDLL(str(library.build()))
 
 
 def test_a_machine_without_gcc_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
