@@ -79,7 +79,7 @@ TOGETHER = (
     Case("2P2D, inline, blocks of 8 and 32", prefill=2, decode=2, settings=(*INLINE, *SMALL_AND_LARGE), inline=True),
     Case("preempted by swap", settings=SWAP, preempts=True),
     Case("local prefill, preempted by recompute", prefill=0, settings=RECOMPUTE, preempts=True),
-    Case("prefill's blocks are larger", settings=(("prefill.block_tokens", 64),), repeat=2, caches=True),
+    Case("prefill's blocks are larger", settings=(("prefill.block_tokens", 64),), repeat=2),
 )
 # one at a time, to find out which it is
 ALONE = (

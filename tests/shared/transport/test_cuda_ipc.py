@@ -8,7 +8,9 @@ from tandem.v1 import kv_pb2, kv_pb2_grpc, types_pb2
 
 from shared import rpc
 from shared.transport.cuda import COMPUTE, CudaError
+from shared.transport.device_mapping import DeviceMapping
 from shared.transport.device_pool import NUM_EVENTS, DevicePool
+from shared.transport.target import DeviceTarget
 from tests.shared.transport.fake_cuda import FakeCuda
 
 CUDA_IPC, SHARED_MEMORY, INLINE = (
@@ -328,6 +330,24 @@ async def test_a_launch_that_fails_is_the_requests_failure_alone(serve, importin
             await decode.copy(extent, [1])
     await decode.copy(extent, [1])
     assert decode.block(1) == served.block(1)
+
+
+async def test_a_transport_that_moves_no_block_is_not_used(serve, importing, monkeypatch):
+    """It maps, and that is not enough."""
+    real = DeviceTarget.probe
+
+    def probe(self, source, *arguments):
+        if isinstance(source, DeviceMapping):
+            raise CudaError("cuLaunchKernel: invalid device function")
+        real(self, source, *arguments)
+
+    monkeypatch.setattr(DeviceTarget, "probe", probe)
+    cuda = FakeCuda()
+    served, decode = await serve(cuda=FakeCuda()), importing(cuda=cuda)
+    pair = await decode.importer.connect(served.kv_endpoint)
+    assert pair.transport == SHARED_MEMORY
+    assert [r.reason for r in pair.refusals] == ["cuLaunchKernel: invalid device function"]
+    assert len(cuda.opened) == 1  # and is unmapped again, as assert_clean finds
 
 
 # -- the fake itself: each rule of CUDA's is enforced ------------------------------------------------------------------
