@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table, box
 from torch import Tensor
 
+from kernels.kv_format import GREATEST
 from shared.batch import BatchEntry
 from shared.config import DEFAULT_MODEL, QuantizationMode, load_config
 from shared.engine import Engine, EnginePlan
@@ -49,13 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     model = parser.parse_args(argv).model
     table = Table(box=box.MARKDOWN)
-    for column in ("weights", "perplexity", "agreement with bfloat16"):
-        table.add_column(column, justify="left" if column == "weights" else "right")
+    for column in ("weights", "keys and values", "perplexity", "agreement with bfloat16"):
+        table.add_column(column, justify="left" if column in ("weights", "keys and values") else "right")
     files = ModelStore().resolve(model)
     token_ids = Tokenizer.load(files.folder).encode(TEXT.read_text())
     expected: Tensor | None = None
-    for mode in get_args(QuantizationMode):
-        config = load_config(None, {"model": model, "quantization": mode})
+    kinds = [(mode, "bfloat16") for mode in get_args(QuantizationMode)] + [("none", kv_dtype) for kv_dtype in GREATEST]
+    for mode, kv_dtype in kinds:
+        config = load_config(None, {"model": model, "quantization": mode, "kv_dtype": kv_dtype})
         engine = Engine(EnginePlan.of(config, config.prefill, files))
         logits = logits_of(engine, token_ids)
         engine.close()
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         expected = best if expected is None else expected
         loss = torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(token_ids[1:]))
         name = "bfloat16" if mode == "none" else mode
-        table.add_row(name, f"{math.exp(loss):.2f}", f"{(best == expected).double().mean():.3f}")
+        table.add_row(name, kv_dtype, f"{math.exp(loss):.2f}", f"{(best == expected).double().mean():.3f}")
     Console(width=100).print(f"{len(token_ids)} tokens", table)
     return 0
 

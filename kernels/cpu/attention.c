@@ -16,7 +16,7 @@
 #include "kv_format.h"
 #include "team.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define HAS_PAIRS 1
 #else
 #define HAS_PAIRS 0
@@ -499,6 +499,20 @@ static void pack_value_pairs(float *packed, const Rows *rows, int64_t begin, int
     }
 }
 
+/* n elements of a quantized row, 16 at most, as bfloat16, which each of them is exactly; zeros beyond n. */
+INLINE __m256i pair_elements(const char *p, int64_t n, int kept) {
+    if (kept == INT8) return _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)widen_elements(p, n, kept), 16));
+    /* numbers below 2^-6 have no exponent: these 8 are looked up */
+    const __m256i tiny = _mm256_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60, 0, 0, 0, 0, 0, 0, 0, 0);
+    char last[16] = {0};
+    if (n < 16) p = memcpy(last, p, (size_t)n);
+    __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
+    __m256i magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f)), sign = _mm256_and_si256(codes, _mm256_set1_epi16(0x80));
+    __m256i value = _mm256_add_epi16(_mm256_slli_epi16(magnitude, 4), _mm256_set1_epi16(120 << 7));
+    __mmask16 is_tiny = _mm256_cmplt_epu16_mask(magnitude, _mm256_set1_epi16(8));
+    return _mm256_or_si256(_mm256_mask_permutexvar_epi16(value, is_tiny, magnitude, tiny), _mm256_slli_epi16(sign, 8));
+}
+
 /* The same of a quantized cache. */
 INLINE void pack_key_pair_bytes(float *packed, Rows *rows, int64_t begin, int64_t end, Next *next, int64_t head_dim, int kept) {
     static const char zeros[MAX_HEAD_DIM];
@@ -511,10 +525,7 @@ INLINE void pack_key_pair_bytes(float *packed, Rows *rows, int64_t begin, int64_
         for (int64_t d = 0; d < head_dim; d += 16) {
             v8 block[8];
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) {
-                vf wide = widen_elements(k_rows[j + i] + d, head_dim - d, kept);
-                block[i] = (v8)_mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)wide, 16));
-            }
+            for (int i = 0; i < 8; i++) block[i] = (v8)pair_elements(k_rows[j + i] + d, head_dim - d, kept);
             transpose8(block);
             float *to = packed + d / 2 * TILE + j;
             for (int i = 0; i < smaller(8, (head_dim - d) / 2); i++) v8_store(to + i * TILE, block[i]);
@@ -527,8 +538,9 @@ INLINE void pack_value_pair_bytes(float *packed, const Rows *rows, int64_t begin
     for (int64_t j = begin / 2 * 2; j < end; j += 2) {
         const char *even = j >= begin ? rows->v[j] : zeros, *odd = j + 1 < end ? rows->v[j + 1] : zeros;
         for (int64_t d = 0; d < head_dim; d += 16) {
-            vu low = (vu)widen_elements(even + d, head_dim - d, kept), high = (vu)widen_elements(odd + d, head_dim - d, kept);
-            vf_store(packed + j / 2 * padded(head_dim) + d, (vf)(low >> 16 | high)); /* the lower half of an element is 0 */
+            __m512i low = _mm512_cvtepu16_epi32(pair_elements(even + d, head_dim - d, kept));
+            __m512i high = _mm512_cvtepu16_epi32(pair_elements(odd + d, head_dim - d, kept));
+            _mm512_storeu_si512(packed + j / 2 * padded(head_dim) + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
         }
     }
 }

@@ -66,7 +66,7 @@ def _attend(
             k, v = narrow(decode(k, FORM, 0), q.dtype), narrow(decode(v, FORM, 0), q.dtype)
         scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], KEYS], tl.float32)) * scale
         if FORM != "plain":
-            scores *= key_scale[None]
+            scores *= key_scale[None]  # pyright: ignore[reportPossiblyUnboundVariable]
         if CAPS:  # cap * tanh(score), of e^(2 score); 64 is beyond where the tanh is 1
             scores = cap * (1.0 - 2.0 / (tl.exp2(tl.minimum(scores, 64.0, tl.PropagateNan.ALL)) + 1.0))
         if ALIBI:
@@ -81,7 +81,7 @@ def _attend(
         weights = tl.exp2(scores - base[:, None])
         total = total * decay + tl.sum(weights, 1)
         if FORM != "plain":
-            weights *= value_scale[None]
+            weights *= value_scale[None]  # pyright: ignore[reportPossiblyUnboundVariable]
         o = dot(narrow(weights, v.dtype), v, o * decay[:, None])
         m = highest
     return m, total, o
@@ -318,7 +318,7 @@ def _tiles(capability: int, dtype: torch.dtype, width: int, form: str, *, decode
         return _Tiles(64, 64, 4, 3) if decode else _Tiles(128, 64, 8, 3)
     # mma.sync takes its operands from registers; and GPUs of this kind have less shared memory, down to 99 KiB
     if width <= 64:
-        return _Tiles(128, 64, 8, 3)
+        return _Tiles(128, 64 if form == "plain" else 32, 8, 3)
     return _Tiles(64, 32, 8, 3) if width == 128 else _Tiles(32, 32, 8, 2)
 
 

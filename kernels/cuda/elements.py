@@ -44,7 +44,8 @@ def encode(x, FORM: tl.constexpr):
 @triton.jit
 def most_of(rows):
     """[rows, columns] float32 -> [rows], the greatest magnitude; NaNs are above all, as bits without a sign are."""
-    return tl.max(rows.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+    most = tl.max(rows.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    return most.to(tl.float32, bitcast=True)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @triton.jit
@@ -56,8 +57,15 @@ def scale_of(most, FORM: tl.constexpr):
     return tl.math.div_rn(most, greatest), inverse
 
 
-SCALES = ("k_scales", "v_scales")
-SCALE_STRIDES = ("k_scale_block", "k_scale_head", "v_scale_block", "v_scale_head", "k_scale_token", "v_scale_token")
+SCALES: tuple[str, ...] = ("k_scales", "v_scales")
+SCALE_STRIDES: tuple[str, ...] = (
+    "k_scale_block",
+    "k_scale_head",
+    "v_scale_block",
+    "v_scale_head",
+    "k_scale_token",
+    "v_scale_token",
+)
 
 
 def scale_arguments(cache: KvPlanes) -> tuple[Tensor | int | None, ...]:
