@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cuda.elements import decode, encode, most_of, scale_of
 from kernels.cuda.tile import launch, narrow
 from kernels.cuda.variant import Variant
-from kernels.kv_format import ELEMENTS, GREATEST, LEAST, KvFormat
+from kernels.kv_format import ELEMENTS, KvFormat
 
 _TILE = {"words": 2048, "elements": 4096}  # of a program: their loads wait together
-_LEAST = tl.constexpr(LEAST)
 _NAN = tl.constexpr(0x7FC00000)
 _STEPPING = ["source_offset", "target_offset", "num_tokens", "source_blocks", "target_blocks", "first_head"]
 
@@ -24,24 +24,9 @@ _STEPPING = ["source_offset", "target_offset", "num_tokens", "source_blocks", "t
 def _widen(elements, FORM: tl.constexpr):
     """Elements as they are kept -> float32."""
     if FORM == "fp8":
-        bits = elements.to(tl.int32)
-        value = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-        return tl.where((bits & 0x7F) == 0x7F, _NAN, value.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        value = decode(elements, FORM, 0).to(tl.int32, bitcast=True)
+        return tl.where((elements.to(tl.int32) & 0x7F) == 0x7F, _NAN, value).to(tl.float32, bitcast=True)
     return elements.to(tl.float32)
-
-
-@triton.jit
-def _round(x, FORM: tl.constexpr):
-    """float32 up to the greatest, or a little more, which is rounded to it -> elements; NaN -> 0 in int8."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    if FORM == "int8":  # adding 1.5 * 2^23 rounds to an integer in the low bits
-        return tl.where(magnitude > 0x7F800000, 0, (x + 12582912.0).to(tl.int32, bitcast=True)).to(tl.int8)
-    rounded = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1) >> 20) - (120 << 3)
-    # adding 2^14 rounds to multiples of 2^-9, the least number there is
-    fixed = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    code = tl.where(magnitude < 0x3C800000, fixed, rounded)  # 2^-6: numbers below it have no exponent
-    return (tl.where(magnitude > 0x7F800000, 0x7F, code) | ((bits >> 24) & 0x80)).to(tl.int8)
 
 
 @triton.jit(do_not_specialize=_STEPPING)
@@ -49,7 +34,7 @@ def _transfer(
     source, source_scales, source_table, target, target_scales, target_table,
     source_offset, target_offset, num_tokens, source_blocks, target_blocks, first_head,
     halves, source_heads, target_heads,
-    FROM: tl.constexpr, TO: tl.constexpr, GREATEST: tl.constexpr, WIDTH: tl.constexpr,
+    FROM: tl.constexpr, TO: tl.constexpr, QUANTIZED: tl.constexpr, WIDTH: tl.constexpr,
     SOURCE_TOKENS: tl.constexpr, SOURCE_PLANE: tl.constexpr, TARGET_TOKENS: tl.constexpr, TARGET_PLANE: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -82,20 +67,16 @@ def _transfer(
     rows = tl.load(source + source_start[:, None] + columns[None, :], within, other=0)
     if FROM == TO:
         tl.store(target + target_start[:, None] + columns[None, :], rows, within)
-        if GREATEST > 0:
+        if QUANTIZED:
             tl.store(target_scale, tl.load(source_scale, present, other=0), present)
     else:
         rows = _widen(rows, FROM)
         if FROM == "int8" or FROM == "fp8":
             rows *= tl.load(source_scale, present, other=0.0)[:, None]
-        if GREATEST > 0:
-            # the bits of numbers without a sign are in the order of the numbers, NaNs above all
-            most = tl.cast(tl.max(rows.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), tl.float32, bitcast=True)
-            most = tl.where(most < _LEAST, 0.0, most)
-            # two roundings, as torch divides a number by a tensor
-            inverse = tl.where(most > 0, tl.div_rn(1.0, tl.where(most > 0, most, 1.0)) * GREATEST, 0.0)
-            tl.store(target_scale, tl.div_rn(most, GREATEST), present)
-            rows = _round(rows * inverse[:, None], TO)
+        if QUANTIZED:
+            scale, inverse = scale_of(most_of(rows), TO)
+            tl.store(target_scale, scale, present)
+            rows = encode(rows * inverse[:, None], TO)
         else:
             rows = narrow(rows, target.dtype.element_ty)
         tl.store(target + target_start[:, None] + columns[None, :], rows, within)
@@ -162,7 +143,7 @@ def _constants(source: KvFormat, target: KvFormat) -> dict[str, int | float | st
     return {
         "FROM": source.dtype,
         "TO": target.dtype,
-        "GREATEST": GREATEST.get(target.dtype, 0.0),
+        "QUANTIZED": target.quantized,
         "WIDTH": width,
         "SOURCE_TOKENS": source.block_tokens,
         "SOURCE_PLANE": source.plane_bytes // 4,
