@@ -159,7 +159,7 @@ class Gateway:
                 max_context=self.workers.limits.max_context,
                 vocab_size=info.vocab_size,
                 digest=self._model.digest,
-                dtype=info.layout.dtype,
+                dtype=info.dtype,
                 chat=self._model.chat_template is not None,
             )
         ]

@@ -197,6 +197,7 @@ class WorkerServer:
             vocab_size=plan.architecture.vocab_size,
             layout=layout_to_proto(plan.layout),
             device=plan.device,
+            dtype=plan.dtype,
             num_blocks=self._site.limits.num_blocks,
             max_running=plan.max_running,
         )

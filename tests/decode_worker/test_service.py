@@ -134,9 +134,10 @@ async def test_neighbours_change_nothing(prefill: Channel, decode: Channel) -> N
 async def test_preemption_changes_nothing(
     prefill: Channel, decode: Channel, tiny_model: MakeModel, preemption: str
 ) -> None:
+    # the four outputs of the last do not fit the small pool even when it is alone
     requests = [
-        Request(prompt(20, seed), sampling(max_tokens=40, temperature=1.0, seed=seed, logprobs=1, n=1 + seed % 2))
-        for seed in range(5)
+        Request(prompt(20, seed), sampling(max_tokens=40, temperature=1.0, seed=seed, logprobs=1, n=n))
+        for seed, n in enumerate((1, 2, 1, 2, 4))
     ]
     roomy = [await generate(prefill, decode, request) for request in requests]
     settings = {"num_blocks": 13, "preemption": preemption}
@@ -446,8 +447,6 @@ BAD_MESSAGES: list[tuple[str, list[decode_pb2.DecodeRequest]]] = [
     ("import_blocks.extent.num_tokens", [admit(), extent_of(num_tokens=21)]),
     ("import_blocks.extent.num_tokens", [admit(), extent_of(num_tokens=0)]),
     ("import_blocks.extent.num_tokens", [admit(), extent_of(num_tokens=2**32 - 1)]),
-    ("import_blocks.extent.block_ids", [admit(), extent_of(block_ids=[1])]),
-    ("extent.layout_digest", [admit(), extent_of()]),
     ("kv_endpoint", [admit(), extent_of(kv_endpoint="/etc/passwd")]),
     ("begin.attempt", [admit(), begin_of(attempt=0)]),
     ("begin", [admit(), begin_of(index=0, token_id=5)]),
@@ -475,11 +474,31 @@ async def test_a_bad_message_is_named(decode: Channel, field: str, messages: lis
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await send_all(decode, messages)
     refused = from_grpc(error.value)
-    if field == "extent.layout_digest":
-        assert refused.code == grpc.StatusCode.FAILED_PRECONDITION
-    else:
-        assert refused.code == grpc.StatusCode.INVALID_ARGUMENT, refused
-        assert refused.field == field
+    assert refused.code == grpc.StatusCode.INVALID_ARGUMENT, refused
+    assert refused.field == field
+    await settled(decode)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "field"),
+    [
+        ({"layout_digest": "x"}, grpc.StatusCode.FAILED_PRECONDITION, "extent.layout_digest"),
+        ({"block_ids": [1]}, grpc.StatusCode.INVALID_ARGUMENT, "extent.num_tokens"),
+        ({"block_ids": [1, 2**32 - 1]}, grpc.StatusCode.INVALID_ARGUMENT, "extent.block_ids"),
+        ({"epoch": 5}, grpc.StatusCode.ABORTED, "epoch"),
+    ],
+)
+async def test_an_extent_that_its_pool_cannot_have_is_named(
+    prefill: Channel, decode: Channel, change: dict[str, Any], code: grpc.StatusCode, field: str
+) -> None:
+    info = await worker_pb2_grpc.WorkerServiceStub(prefill).GetInfo(worker_pb2.GetInfoRequest())
+    known = {"kv_endpoint": info.kv_endpoint, "epoch": info.epoch, "layout_digest": info.layout.digest}
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        async with asyncio.timeout(10):
+            await send_all(decode, [admit(), extent_of(**{**known, **change})])
+    refused = from_grpc(error.value)
+    assert refused.code == code, refused
+    assert field in refused.message
     await settled(decode)
 
 

@@ -135,7 +135,7 @@ async def test_layouts_that_differ(service: Cluster) -> None:
     """A decode worker that presents another layout is told in which field."""
     info = await service.info(service.prefill[0])
     stub = kv_pb2_grpc.KvServiceStub(service.channel(service.prefill[0].grpc))
-    for field, value in (("block_tokens", 32), ("dtype", "float16"), ("model_digest", "0" * 64), ("num_layers", 99)):
+    for field, value in (("first_kv_head", 7), ("dtype", "int8"), ("model_digest", "0" * 64), ("num_layers", 99)):
         layout = kv_pb2.KvLayout()
         layout.CopyFrom(info.layout)
         setattr(layout, field, value)

@@ -516,7 +516,7 @@ class Model(_message.Message):
     digest: _builtins.str
     """sha256 over configuration and weights, in hexadecimal"""
     dtype: _builtins.str
-    """element type of activations and KV cache"""
+    """element type of activations"""
     chat: _builtins.bool
     """a chat template is there"""
     def __init__(

@@ -102,6 +102,7 @@ class GetInfoResponse(_message.Message):
     MAX_RUNNING_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """unique among running workers; new at each start"""
     role: Global___WorkerRole.ValueType
@@ -124,6 +125,8 @@ class GetInfoResponse(_message.Message):
     """blocks of the pool that requests can use"""
     max_running: _builtins.int
     """sequences in a batch at most"""
+    dtype: _builtins.str
+    """of activations, and of weights that are not quantized"""
     @_builtins.property
     def layout(self) -> _kv_pb2.KvLayout:
         """of its pool"""
@@ -153,10 +156,11 @@ class GetInfoResponse(_message.Message):
         max_running: _builtins.int = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         peers: _abc.Iterable[Global___Peer] | None = ...,
+        dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "epoch", b"epoch", "family", b"family", "kv_endpoint", b"kv_endpoint", "layout", b"layout", "max_context", b"max_context", "max_running", b"max_running", "model", b"model", "num_blocks", b"num_blocks", "peers", b"peers", "role", b"role", "versions", b"versions", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "epoch", b"epoch", "family", b"family", "kv_endpoint", b"kv_endpoint", "layout", b"layout", "max_context", b"max_context", "max_running", b"max_running", "model", b"model", "num_blocks", b"num_blocks", "peers", b"peers", "role", b"role", "versions", b"versions", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
