@@ -142,6 +142,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def GetInfo(self, request: Any, context: Any) -> worker_pb2.GetInfoResponse:
         self.keys += [str(value) for key, value in context.invocation_metadata() if key == "authorization"]
         fields = {
+            "dtype": "float32",
             "worker_id": self.worker_id,
             "role": self.role,
             "model": "scripted",
