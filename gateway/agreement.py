@@ -16,12 +16,15 @@ def disagreement(
     model: str,
     model_digest: str,
     others: Iterable[worker_pb2.GetInfoResponse],
+    *,
+    converts_dtype: bool,
 ) -> RpcError | None:
     """FAILED_PRECONDITION naming the first field in which a worker differs from what is expected, None if it fits.
 
-    others: workers that fit. Those of one role have one layout; between roles some fields may differ, and whether the
-    two can hand over all the same is theirs to say.
+    others: workers that fit. Those of one role have one layout; between roles some fields may differ, dtype among them
+    if that was asked for, and whether the two can hand over all the same is theirs to say.
     """
+    fixed = FIXED_FIELDS if converts_dtype else (*FIXED_FIELDS, "dtype")
     expected_role = worker_pb2.WorkerRole.Name(role)
     if info.role != role:
         return mismatch(
@@ -36,7 +39,7 @@ def disagreement(
             f"the worker's {info.layout.model_digest[:12]}…",
         )
     for other in others:
-        for field in LAYOUT_FIELDS if other.role == role else FIXED_FIELDS:
+        for field in LAYOUT_FIELDS if other.role == role else fixed:
             theirs, ours = getattr(info.layout, field), getattr(other.layout, field)
             if theirs != ours:
                 return mismatch(f"layout.{field}", f"the other workers have {ours!r}, this one {theirs!r}")

@@ -230,7 +230,8 @@ class Workers:
     async def _describe(self, worker: Worker, info: worker_pb2.GetInfoResponse) -> None:
         # compared with those that are there: all of them may come back with another layout
         known = [other.info for other in self._all if other.info]
-        fault = disagreement(info, worker.role, self._model.name, self._model.digest, known)
+        converts = self._config.transport.convert_dtype
+        fault = disagreement(info, worker.role, self._model.name, self._model.digest, known, converts_dtype=converts)
         if fault is not None:
             if worker.fault is None or worker.fault.message != fault.message:
                 log.error("%s is not used: %s", worker, fault.message)

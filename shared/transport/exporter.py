@@ -40,6 +40,7 @@ from shared.transport.wire import (
     check_layouts,
     describe,
     host_id,
+    layout_from_proto,
     layout_to_proto,
     refusal,
     requirement,
@@ -212,6 +213,7 @@ class Exporter(kv_pb2_grpc.KvServiceServicer):
         self, request: kv_pb2.HandshakeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kv_pb2.HandshakeResponse:
         check_layouts(self._layout_proto, request.layout, converts_dtype=request.converts_dtype)
+        layout_from_proto(request.layout)
         response = kv_pb2.HandshakeResponse(
             layout=self._layout_proto, worker_id=self._worker_id, epoch=self.epoch, num_blocks=self.num_blocks
         )

@@ -54,11 +54,19 @@ async def test_between_roles_what_is_converted_may_differ(field: str) -> None:
     def prepare(scene: Scene) -> None:
         scene.prefill.layout = {field: LAYOUT_FIELDS[field]}
 
-    if field in FIXED_FIELDS:
+    if field in (*FIXED_FIELDS, "dtype"):
         assert f"layout.{field}: " in await start_error(prepare)
     else:
         async with scene_of(prepare=prepare) as scene:
             assert (await scene.collect(request("hello world"))).last.receipt.attempts == 1
+
+
+async def test_dtypes_that_are_converted_if_that_is_asked_for() -> None:
+    def prepare(scene: Scene) -> None:
+        scene.prefill.layout = {"dtype": "bfloat16"}
+
+    async with scene_of(prepare=prepare, transport={"convert_dtype": True}) as scene:
+        assert (await scene.collect(request("hello world"))).last.receipt.attempts == 1
 
 
 @pytest.mark.parametrize("which", ["prefill", "decode"])
