@@ -1,6 +1,5 @@
 """The pool's bytes, and the layout record."""
 
-import mmap
 from dataclasses import fields, replace
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 from kernels.kv_format import GREATEST
 from shared.kv_cache import KvCache, KvLayout
+from shared.transport.pool_memory import PoolMemory
 
 LAYOUT = KvLayout("d" * 64, "float32", num_layers=3, num_kv_heads=2, head_dim=8, block_tokens=4)
 
@@ -67,14 +67,15 @@ def test_blocks_copied_byte_by_byte_between_pools() -> None:
 
 def test_pool_in_shared_memory() -> None:
     layout = replace(LAYOUT, dtype="bfloat16")
-    memory = mmap.mmap(-1, 6 * layout.block_bytes)
-    cache = KvCache(layout, 6, buffer=memory)
+    memory = PoolMemory(6 * layout.block_bytes)
+    cache = KvCache(layout, 6, memory=memory.tensor)
     assert cache.layer(2).keys.dtype == torch.bfloat16
     cache.layer(2).keys[5] = 3.0
-    assert memory[-layout.block_bytes :] == bytes(cache.block(5).numpy())
-    assert any(memory[-layout.block_bytes :])
-    with pytest.raises(ValueError, match=f"7 blocks of {layout.block_bytes} bytes cannot lie in {len(memory)} bytes"):
-        KvCache(layout, 7, buffer=memory)
+    assert memory.buffer[-layout.block_bytes :] == bytes(cache.block(5).numpy())
+    assert any(memory.buffer[-layout.block_bytes :])
+    with pytest.raises(ValueError, match=f"7 blocks of {layout.block_bytes} bytes cannot lie in {memory.num_bytes} b"):
+        KvCache(layout, 7, memory=memory.tensor)
+    memory.close()
 
 
 def test_every_field_is_in_the_digest_and_the_difference() -> None:
@@ -91,16 +92,3 @@ def test_every_field_is_in_the_digest_and_the_difference() -> None:
 def test_digest_does_not_change_by_accident() -> None:
     """Workers of two versions compare it: a change here needs a new CONTRACT_VERSION."""
     assert LAYOUT.digest == "02b487fa128ebd3052e588b1aa8444860f7a430374fd808ab237aa6f135db24d"
-
-
-def test_a_pool_on_a_device_hands_over_through_its_buffer() -> None:
-    layout = LAYOUT
-    buffer = bytearray(6 * layout.block_bytes)
-    ours, theirs = (KvCache(layout, 6, buffer=buffer, staged=True) for _ in range(2))
-    ours.pool.random_()
-    assert not any(buffer)
-    ours.publish([4, 1, 2])
-    theirs.adopt([2, 4])
-    for block in range(6):
-        assert torch.equal(theirs.pool[block], ours.pool[block]) == (block in (2, 4))
-    assert not any(buffer[3 * layout.block_bytes : 4 * layout.block_bytes])
