@@ -121,8 +121,11 @@ class DeviceTarget:
 
         def work() -> None:
             device = pool.device
-            # read by the launch alone, and freed on this stream after it
-            tables = [torch.tensor(table, dtype=torch.int32).to(device) for table in (move.source, move.target)]
+            # read by the launch alone, and freed on this stream after it; nobody waits for so few bytes
+            tables = [
+                torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True)
+                for table in (move.source, move.target)
+            ]
             if isinstance(source, DeviceMapping):
                 _transfer(source.tensor, pool, self.layout.format, move, tables, 0, move.num_tokens)
                 return
