@@ -30,6 +30,7 @@ PARTS = {
     "tests": ("checks", 240),
     "ops": ("ops", 120),
     "engine": ("engine", 110),
+    "handoff": ("handoff", 60),
     "service": ("service", 90),
     "transformers": ("generate", 100),
 }

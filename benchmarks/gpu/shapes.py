@@ -80,6 +80,7 @@ class Sizes:
     long_context: int  # that a model may allow, and tables of blocks are made for
     generate: tuple[tuple[int, ...], int, int]  # batches, tokens of a prompt, tokens generated
     requests: tuple[int, int, int]  # to the service: at once, tokens of a prompt, tokens generated
+    handoff: tuple[int, int]  # tokens of a prompt, and extents that it may be cut into
     runs: int  # of which the median is taken
     calls: int  # timed together at least
 
@@ -105,6 +106,7 @@ FULL = Sizes(
     long_context=131_072,
     generate=((1, 32), 512, 128),
     requests=(16, 512, 64),
+    handoff=(2048, 4),
     runs=9,
     calls=20,
 )
@@ -126,6 +128,7 @@ SMOKE = Sizes(
     long_context=128,
     generate=((1, 2), 18, 3),
     requests=(4, 20, 6),
+    handoff=(32, 2),
     runs=1,
     calls=1,
 )
