@@ -1,9 +1,9 @@
 """The handoff of a prompt's keys and values between two processes on one device, by each way to export a pool.
 
-The prefill side is a process of its own (prefill_side.py), the decode side is this one, over gRPC on loopback. A handoff
-takes from the call of Importer.copy with the first extent to its return with the last; its floor is what a copy of as
-many bytes takes between two tensors of this process, bytes read and bytes written counted alike. A prompt's handoff is
-to take at most a hundredth of its prefill: the bar is so many handoffs to a prefill.
+The prefill side is a process of its own (prefill_side.py), the decode side is this one, over gRPC on loopback. A
+handoff takes from the call of Importer.copy with the first extent to its return with the last; its floor is what a copy
+of as many bytes takes between two tensors of this process, bytes read and bytes written counted alike. A prompt's
+handoff is to take at most a hundredth of its prefill: the bar is so many handoffs to a prefill.
 """
 
 from __future__ import annotations

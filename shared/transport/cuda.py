@@ -165,6 +165,15 @@ class CudaDriver:
         """What the stream is told from now on it does once the event, as it was last recorded, is done."""
         self._call("cuStreamWaitEvent", stream, event, 0)
 
+    def done(self, event: int) -> bool:
+        """Whether the event, as it was last recorded, is done."""
+        self._driver.cuCtxSetCurrent(self._context)
+        status, *_ = self._driver.cuEventQuery(event)
+        if status == self._driver.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        self._check("cuEventQuery", status)
+        return True
+
     def synchronize(self, event: int) -> None:
         """This thread waits, without Python's lock, until the event as it was last recorded is done."""
         self._call("cuEventSynchronize", event)
@@ -224,10 +233,13 @@ class CudaDriver:
         if self._context is not None:
             self._driver.cuCtxSetCurrent(self._context)  # a thread of ours may never have had one
         status, *values = getattr(self._driver, name)(*arguments)
+        self._check(name, status)
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def _check(self, name: str, status: Any) -> None:
         if status != self._driver.CUresult.CUDA_SUCCESS:
             _, text = self._driver.cuGetErrorString(status)
             raise CudaError(f"{name}: {text.decode() if text else status}")
-        return values[0] if len(values) == 1 else tuple(values)
 
 
 def _bytes_of(handle: Any) -> bytes:

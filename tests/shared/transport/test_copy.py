@@ -50,7 +50,7 @@ async def test_carries_a_cache_of_real_tensors(stack, transport):
     layout = KvLayout("ab" * 32, "bfloat16", num_layers=30, num_kv_heads=3, head_dim=64, block_tokens=16)
     assert layout.block_bytes % CHUNK_BYTES
     memories = [PoolMemory(16 * layout.block_bytes, populate=False) for _ in range(2)]
-    source, target = [KvCache(layout, 16, buffer=memory.buffer) for memory in memories]
+    source, target = [KvCache(layout, 16, memory=memory.tensor) for memory in memories]
     source.pool.random_(generator=torch.Generator().manual_seed(0))
     server = rpc.create_server()
     endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
