@@ -1,7 +1,4 @@
-"""Steady decode streams while long prompts arrive: what a split of prefill and decode is for.
-
-8 streams of 300 tokens after 64-token prompts, first alone, then while a 1,500-token prompt arrives every 2 s.
-"""
+"""Steady decode streams while long prompts arrive: what a split of prefill and decode is for."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import asyncio
 import contextlib
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,15 +14,22 @@ import numpy as np
 from benchmarks.driver import Driver, Record
 from benchmarks.workload import Shape, random_workload
 
-STREAMS, STREAM_TOKENS = 8, 300
-PROMPT_TOKENS, EVERY_S = 1500, 2.0
+
+@dataclass(frozen=True)
+class Bursts:
+    """So many streams of stream_tokens after prompts of 64; a prompt of prompt_tokens arrives every_s seconds."""
+
+    streams: int = 8
+    stream_tokens: int = 300
+    prompt_tokens: int = 1500
+    every_s: float = 2.0
 
 
-async def measure_bursts(driver: Driver, seed: int) -> dict[str, Any]:
-    """Both phases, once. Raises RuntimeError if a request failed."""
-    quiet, quiet_s, _ = await _phase(driver, seed, bursts=False)
-    steady, steady_s, prompts = await _phase(driver, seed + 1, bursts=True)
-    quiet_rate, rate = (STREAMS * STREAM_TOKENS / seconds for seconds in (quiet_s, steady_s))
+async def measure_bursts(driver: Driver, seed: int, sizes: Bursts) -> dict[str, Any]:
+    """The streams alone, then beside the prompts. Raises RuntimeError if a request failed or no prompt arrived."""
+    quiet, quiet_s, _ = await _phase(driver, seed, sizes, bursts=False)
+    steady, steady_s, prompts = await _phase(driver, seed + 1, sizes, bursts=True)
+    quiet_rate, rate = (sizes.streams * sizes.stream_tokens / seconds for seconds in (quiet_s, steady_s))
     return {
         "p99_itl_ms": _p99_ms(steady),
         "p99_itl_quiet_ms": _p99_ms(quiet),
@@ -35,14 +40,14 @@ async def measure_bursts(driver: Driver, seed: int) -> dict[str, Any]:
     }
 
 
-async def _phase(driver: Driver, seed: int, *, bursts: bool) -> tuple[list[Record], float, list[Record]]:
+async def _phase(driver: Driver, seed: int, sizes: Bursts, *, bursts: bool) -> tuple[list[Record], float, list[Record]]:
     """The steady streams, the seconds they took, and the long prompts."""
-    requests = random_workload(Shape(STREAMS, 64, STREAM_TOKENS, seed=seed))
+    requests = random_workload(Shape(sizes.streams, 64, sizes.stream_tokens, seed=seed))
     prompts: list[asyncio.Task[Record]] = []
 
     async def burst() -> None:
-        for request in random_workload(Shape(1000, PROMPT_TOKENS, 1, seed=seed + 1)):
-            await asyncio.sleep(EVERY_S)
+        for request in random_workload(Shape(1000, sizes.prompt_tokens, 1, seed=seed + 1)):
+            await asyncio.sleep(sizes.every_s)
             prompts.append(asyncio.create_task(driver.send(request)))
 
     arrivals = asyncio.create_task(burst()) if bursts else None
@@ -56,6 +61,8 @@ async def _phase(driver: Driver, seed: int, *, bursts: bool) -> tuple[list[Recor
     late = await asyncio.gather(*prompts)
     if errors := {record.error for record in [*steady, *late] if record.error}:
         raise RuntimeError(f"bursts: {'; '.join(sorted(errors))}")
+    if bursts and not late:
+        raise RuntimeError(f"bursts: the streams ended within {sizes.every_s} s, before a prompt arrived")
     return list(steady), seconds, list(late)
 
 

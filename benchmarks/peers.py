@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.__main__ import CELLS, WARM_UP, measure
-from benchmarks.bursts import measure_bursts
+from benchmarks.bursts import Bursts, measure_bursts
 from benchmarks.driver import HttpDriver
 from benchmarks.report import write_json
 from benchmarks.workload import Request
@@ -96,7 +96,7 @@ async def measure_server(command: str, served: str, seed: int, *, bursts: bool) 
                     figures[f"{cell.name}: TPOT ms"] = result["median_tpot_ms"]
                     figures[f"{cell.name}: tok/s"] = result["output_throughput"]
             if bursts:
-                result = await measure_bursts(driver, seed)
+                result = await measure_bursts(driver, seed, Bursts())
                 figures["bursts: ITL p99 ms"] = result["p99_itl_ms"]
                 figures["bursts: tok/s"] = result["output_throughput"]
                 figures["bursts: part of the quiet tok/s"] = result["throughput_kept"]

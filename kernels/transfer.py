@@ -12,7 +12,8 @@ source_table  [n] int32, contiguous: the blocks that hold the tokens, in order
 target        uint8 [target blocks, target_format.block_bytes], contiguous; shares no memory with source
 target_table  [m] int32, contiguous: likewise; it may not name a block twice, which is the caller's to see to
 
-All on one device; both pools begin at a multiple of 4 bytes.
+All on one device, or the source on another CUDA device whose memory that one can read; both pools begin at a multiple
+of 4 bytes.
 
 A row's bits depend on that row alone. A NaN stays one, whichever; a quantized row that held one, or an infinity, stands
 for NaNs. Every other byte of the target stays as it is.
@@ -57,12 +58,12 @@ def transfer_tokens(
     Raises ValueError for tensors, formats and numbers that break the contract and, on a CPU, IndexError, with nothing
     written, for a block out of range.
     """
-    triton = in_triton("transfer_tokens", source)
+    triton = in_triton("transfer_tokens", target)
     _check_formats(source_format, target_format, first_head)
     if num_tokens < 0:
         raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
-    _check_side("source", source, source_format, source_table, source_offset, num_tokens, source)
-    _check_side("target", target, target_format, target_table, target_offset, num_tokens, source)
+    _check_side("source", source, source_format, source_table, source_offset, num_tokens, target)
+    _check_side("target", target, target_format, target_table, target_offset, num_tokens, target)
     if _overlap(source, target):
         raise ValueError("target must share no memory with source")
     if triton:
@@ -144,7 +145,7 @@ def _check_formats(source: KvFormat, target: KvFormat, first_head: int) -> None:
 
 
 def _check_side(
-    name: str, pool: Tensor, form: KvFormat, table: Tensor, offset: int, num_tokens: int, source: Tensor
+    name: str, pool: Tensor, form: KvFormat, table: Tensor, offset: int, num_tokens: int, target: Tensor
 ) -> None:
     if (
         pool.dtype != torch.uint8
@@ -159,9 +160,10 @@ def _check_side(
         )
     if table.dtype != torch.int32 or table.dim() != 1 or not table.is_contiguous():
         raise ValueError(f"{name}_table must be contiguous int32 [n], got {table.dtype} {list(table.shape)}")
-    for tensor_name, tensor in ((name, pool), (f"{name}_table", table)):
-        if tensor.device != source.device:
-            raise ValueError(f"{tensor_name} must be on {source.device} like source, got {tensor.device}")
+    if table.device != target.device:
+        raise ValueError(f"{name}_table must be on {target.device} like target, got {table.device}")
+    if pool.device != target.device and not (pool.is_cuda and target.is_cuda):  # another device's memory, mapped here
+        raise ValueError(f"{name} must be on {target.device} like target, or on a device beside it, got {pool.device}")
     if offset < 0:
         raise ValueError(f"{name}_offset must not be negative, got {offset}")
     room = table.shape[0] * form.block_tokens

@@ -1,6 +1,6 @@
 """`make gpu-check`: every test and measurement that needs a CUDA device, and a table of them, in nine minutes.
 
-    python -m benchmarks.gpu [--parts tests,ops,engine,service,transformers] [--results FOLDER] [--smoke]
+    python -m benchmarks.gpu [--parts tests,ops,...] [--results FOLDER] [--smoke]
 
 Each part is a process of its own that ends by its time at the latest, and what it has found out by then is in
 FOLDER/<device>.json, .md and .log. The exit status is 1 if a test failed or was not run.
@@ -27,11 +27,13 @@ from benchmarks.gpu.shapes import FULL, SMOKE
 
 # name -> (module, seconds at most)
 PARTS = {
-    "tests": ("checks", 240),
-    "ops": ("ops", 120),
-    "engine": ("engine", 110),
-    "service": ("service", 90),
-    "transformers": ("generate", 100),
+    "tests": ("checks", 210),
+    "ops": ("ops", 110),
+    "engine": ("engine", 90),
+    "handoff": ("handoff", 60),
+    "service": ("service", 80),
+    "interference": ("interference", 110),
+    "transformers": ("generate", 90),
 }
 _TOTAL_S = 500
 _ROOT = Path(__file__).resolve().parent.parent.parent

@@ -51,21 +51,21 @@ def run(results: Results, sizes: Sizes) -> None:
     ceilings(results, sizes)
     plan, weights = make_plan(sizes), make_weights(sizes.model)
     one, many = sizes.batches
-    with _open(plan, weights) as engine:
+    with opened(plan, weights) as engine:
         _capture(results, engine)
         for batch, bar in zip(sizes.batches, _STEP_BARS, strict=True):
             _step(results, _step_name(batch), engine, weights, batch, sizes, bar)
         _prefill(results, f"prefill, {sizes.many_rows} tokens", engine, sizes, bar=0.65)
         for batch in sizes.generate[0]:
             _generate(results, engine, batch, sizes)
-    with _open(dataclasses.replace(plan, enable_cuda_graph=False), weights) as engine:
+    with opened(dataclasses.replace(plan, enable_cuda_graph=False), weights) as engine:
         _op_by_op(results, engine, one, sizes, bar=3.0)
         _op_by_op(results, engine, many, sizes, bar=None)
-    with _open(dataclasses.replace(plan, deterministic=False), weights) as engine:
+    with opened(dataclasses.replace(plan, deterministic=False), weights) as engine:
         for batch in sizes.batches:
             _step(results, f"{_step_name(batch)}, cuBLAS", engine, weights, batch, sizes)
         _prefill(results, f"prefill, {sizes.many_rows} tokens, cuBLAS", engine, sizes)
-    with _open(dataclasses.replace(plan, max_context=sizes.long_context), weights) as engine:
+    with opened(dataclasses.replace(plan, max_context=sizes.long_context), weights) as engine:
         name = f"{_step_name(many)}, tables of {sizes.long_context} tokens"
         _step(results, name, engine, weights, many, sizes)
     for form, quantization in (("int8", Quantization(8)), ("fp8", Quantization(8, floating=True))):
@@ -96,6 +96,14 @@ def make_weights(model: Config) -> DecoderWeights:
     return load_weights(architecture_of(model), checkpoint, dtype=torch.bfloat16, device=device())
 
 
+def prefill_s(engine: Engine, tokens: int, sizes: Sizes) -> float:
+    """Seconds of a prompt in one piece, with its way to the device, to the logits of its last token."""
+    [table] = _tables(engine, 1, tokens)
+    entry = BatchEntry(_tokens(engine, tokens), 0, table)
+    engine.forward([entry])
+    return statistics.median(host_s(lambda: engine.forward([entry])) for _ in range(sizes.runs))
+
+
 def generate(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int) -> None:
     """Random prompts, and so many tokens of each, greedily. Prompts of up to 4,096 tokens are computed together."""
     together = max(4096 // prompt_tokens, 1)
@@ -112,7 +120,7 @@ def generate(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int) ->
 
 
 @contextmanager
-def _open(plan: EnginePlan, weights: DecoderWeights) -> Iterator[Engine]:
+def opened(plan: EnginePlan, weights: DecoderWeights) -> Iterator[Engine]:
     """Keys and values that are no zeros: a device multiplies those faster."""
     engine = Engine(plan, weights=weights)
     try:
@@ -169,14 +177,11 @@ def _op_by_op(results: Results, engine: Engine, batch: int, sizes: Sizes, bar: f
 
 
 def _prefill(results: Results, name: str, engine: Engine, sizes: Sizes, bar: float | None = None) -> None:
-    """A prompt in one piece, with its way to the device, to the logits of its last token."""
+    """A prompt in one piece, as a share of the large product's rate."""
     with results.attempt(PART, name, MATMUL, bar):
         _, matmul = ceilings(results, sizes)
         tokens = sizes.many_rows
-        [table] = _tables(engine, 1, tokens)
-        entry = BatchEntry(_tokens(engine, tokens), 0, table)
-        engine.forward([entry])
-        seconds = statistics.median(host_s(lambda: engine.forward([entry])) for _ in range(sizes.runs))
+        seconds = prefill_s(engine, tokens, sizes)
         rate = prefill_flops(sizes.model, tokens) / seconds
         note = f"{seconds * 1e3:.4g} ms, {tokens / seconds:,.0f} tokens/s, {rate / 1e12:.4g} TFLOP/s"
         results.add(PART, Figure(name, rate / matmul, MATMUL, bar, note, seconds))
@@ -201,7 +206,7 @@ def _quantized(
     name, step = f"{form} against bfloat16, batch {batch}", f"{_step_name(batch)}, {form}"
     with results.attempt(PART, name, "x", bar):
         few = quantized(weights, quantization)
-        with _open(dataclasses.replace(plan, max_running=batch), few) as engine:
+        with opened(dataclasses.replace(plan, max_running=batch), few) as engine:
             _step(results, step, engine, few, batch, sizes)
         results.add(PART, _ratio(name, _seconds(results, _step_name(batch)), _seconds(results, step), bar))
 

@@ -6,7 +6,10 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -58,17 +61,30 @@ def write_model(folder: Path, config: Config) -> None:
 
 async def _serve(folder: str, requests: list[Request]) -> tuple[list[Record], list[Record], float]:
     """The answers to all at once, to one after another, and the seconds that the former took."""
-    settings = {"model": folder, "device": device(), "drain_s": 0}
+    async with serving(folder) as driver:
+        for warm_up in random_workload(Shape(2, requests[0].output_tokens, 4, seed=1)):
+            await driver.send(warm_up)
+        together, seconds = await drive(driver, requests, concurrency=len(requests))
+        alone = [await driver.send(request) for request in requests]
+    return together, alone, seconds
+
+
+@asynccontextmanager
+async def serving(
+    folder: str,
+    *,
+    prefill: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> AsyncIterator[GrpcDriver]:
+    """A gateway, a decode worker, and a prefill worker or none: then the decode worker computes prompts too."""
+    common = {"model": folder, "device": device(), "drain_s": 0, **(settings or {})}
     # where there is no GPU the ops are C: the interpreter would take minutes
-    async with Supervisor(settings=settings, env={"TRITON_INTERPRET": "0"}) as supervisor:
-        await asyncio.gather(
-            supervisor.start("prefill_worker", {"prefill.port": 0}),
-            supervisor.start("decode_worker", {"decode.port": 0}),
-        )
+    async with Supervisor(settings=common, env={"TRITON_INTERPRET": "0", **(env or {})}) as supervisor:
+        workers = [supervisor.start("decode_worker", {"decode.port": 0})]
+        if prefill:
+            workers.append(supervisor.start("prefill_worker", {"prefill.port": 0}))
+        await asyncio.gather(*workers)
         gateway = await supervisor.start("gateway", {"gateway.port": 0, "gateway.http_port": 0})
         async with GrpcDriver(gateway.grpc) as driver:
-            for warm_up in random_workload(Shape(2, requests[0].output_tokens, 4, seed=1)):
-                await driver.send(warm_up)
-            together, seconds = await drive(driver, requests, concurrency=len(requests))
-            alone = [await driver.send(request) for request in requests]
-    return together, alone, seconds
+            yield driver

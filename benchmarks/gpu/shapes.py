@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.bursts import Bursts
+
 Config = Mapping[str, Any]
 
 LLAMA_8B: Config = {
@@ -80,6 +82,9 @@ class Sizes:
     long_context: int  # that a model may allow, and tables of blocks are made for
     generate: tuple[tuple[int, ...], int, int]  # batches, tokens of a prompt, tokens generated
     requests: tuple[int, int, int]  # to the service: at once, tokens of a prompt, tokens generated
+    handoff: tuple[int, int]  # tokens of a prompt, and extents that it may be cut into
+    crowded: Config  # the model of streams that long prompts arrive beside
+    bursts: Bursts
     runs: int  # of which the median is taken
     calls: int  # timed together at least
 
@@ -105,6 +110,9 @@ FULL = Sizes(
     long_context=131_072,
     generate=((1, 32), 512, 128),
     requests=(16, 512, 64),
+    handoff=(2048, 4),
+    crowded={**LLAMA_8B, "num_hidden_layers": 8, "tie_word_embeddings": True, "max_position_embeddings": 8192},
+    bursts=Bursts(streams=8, stream_tokens=600, prompt_tokens=4096, every_s=0.2),
     runs=9,
     calls=20,
 )
@@ -126,6 +134,9 @@ SMOKE = Sizes(
     long_context=128,
     generate=((1, 2), 18, 3),
     requests=(4, 20, 6),
+    handoff=(32, 2),
+    crowded={**_TINY, "vocab_size": 49_152},
+    bursts=Bursts(streams=2, stream_tokens=40, prompt_tokens=100, every_s=0.005),
     runs=1,
     calls=1,
 )

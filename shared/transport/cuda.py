@@ -24,6 +24,8 @@ from torch import Tensor
 
 HANDLE_BYTES = 64  # of cudaIpcMemHandle_t and cudaIpcEventHandle_t
 COMPUTE = 0  # the stream that torch computes on unless told otherwise
+# smaller allocations share one that the driver made, and a handle shows all of that
+_SHARED_BYTES = 2 << 20
 
 
 class CudaError(OSError):
@@ -70,7 +72,7 @@ class CudaDriver:
 
     def malloc(self, num_bytes: int) -> int:
         """-> address"""
-        return int(self._call("cuMemAlloc", num_bytes))
+        return int(self._call("cuMemAlloc", -(-num_bytes // _SHARED_BYTES) * _SHARED_BYTES))
 
     def free(self, address: int) -> None:
         """Of `malloc`. Other processes have to have closed it before."""
@@ -78,7 +80,7 @@ class CudaDriver:
 
     def handle_of(self, address: int) -> bytes:
         """The cudaIpcMemHandle_t of an allocation by `malloc`, from its base address."""
-        return ctypes.string_at(self._call("cuIpcGetMemHandle", address).getPtr(), HANDLE_BYTES)
+        return _bytes_of(self._call("cuIpcGetMemHandle", address))
 
     def open_handle(self, handle: bytes) -> tuple[int, int]:
         """Maps another process's allocation, once in this process -> address, size."""
@@ -144,7 +146,7 @@ class CudaDriver:
 
     def event_handle(self, event: int) -> bytes:
         """The cudaIpcEventHandle_t of an event."""
-        return ctypes.string_at(self._call("cuIpcGetEventHandle", event).getPtr(), HANDLE_BYTES)
+        return _bytes_of(self._call("cuIpcGetEventHandle", event))
 
     def open_event(self, handle: bytes) -> int:
         """Another process's event, to be destroyed like one's own."""
@@ -163,6 +165,15 @@ class CudaDriver:
         """What the stream is told from now on it does once the event, as it was last recorded, is done."""
         self._call("cuStreamWaitEvent", stream, event, 0)
 
+    def done(self, event: int) -> bool:
+        """Whether the event, as it was last recorded, is done."""
+        self._driver.cuCtxSetCurrent(self._context)
+        status, *_ = self._driver.cuEventQuery(event)
+        if status == self._driver.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        self._check("cuEventQuery", status)
+        return True
+
     def synchronize(self, event: int) -> None:
         """This thread waits, without Python's lock, until the event as it was last recorded is done."""
         self._call("cuEventSynchronize", event)
@@ -180,7 +191,9 @@ class CudaDriver:
 
     def run(self, stream: int, work: Callable[[], None]) -> None:
         """Has what `work` launches done on a stream, in order."""
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=self.ordinal)):
+        # an ExternalStream of 0 would be any stream of torch's
+        known = torch.cuda.ExternalStream(stream, device=self.ordinal) if stream else None
+        with torch.cuda.stream(known or torch.cuda.default_stream(self.ordinal)):
             work()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -190,8 +203,9 @@ class CudaDriver:
         try:
             self._call("cuMemMap", address, size, 0, memory, 0)
             try:
-                access = self._driver.CUmemAccessDesc()
-                access.location = self._properties().location
+                # a location is a part of the properties, which have to outlive it
+                access, properties = self._driver.CUmemAccessDesc(), self._properties()
+                access.location = properties.location
                 access.flags = getattr(self._driver.CUmemAccess_flags, f"CU_MEM_ACCESS_FLAGS_{protection}")
                 self._call("cuMemSetAccess", address, size, [access], 1)
             except BaseException:
@@ -219,10 +233,18 @@ class CudaDriver:
         if self._context is not None:
             self._driver.cuCtxSetCurrent(self._context)  # a thread of ours may never have had one
         status, *values = getattr(self._driver, name)(*arguments)
+        self._check(name, status)
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def _check(self, name: str, status: Any) -> None:
         if status != self._driver.CUresult.CUDA_SUCCESS:
             _, text = self._driver.cuGetErrorString(status)
             raise CudaError(f"{name}: {text.decode() if text else status}")
-        return values[0] if len(values) == 1 else tuple(values)
+
+
+def _bytes_of(handle: Any) -> bytes:
+    """What is in a handle, which has to live until it is read."""
+    return ctypes.string_at(handle.getPtr(), HANDLE_BYTES)
 
 
 class _Bytes:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable
 
 from tandem.v1 import kv_pb2
 
+from shared.rpc import unavailable
 from shared.transport.cuda import HANDLE_BYTES, CudaDriver, CudaError
 from shared.transport.descriptor_socket import attach
 
 log = logging.getLogger(__name__)
 
 MAX_EVENTS = 64
+LOOK_S = 1e-4  # between two looks at a peer's event
 
 
 class DeviceMapping:
@@ -28,6 +32,7 @@ class DeviceMapping:
         driver.reach(handle.device_uuid)
         fd, self._lifeline = attach(handle.socket_path, epoch, handle.num_bytes)
         self._driver = driver
+        self._gone = threading.Event()
         self._opened = bool(handle.handle)  # else mapped by its descriptor
         self._address, self._size, self._events = 0, handle.num_bytes, list[int]()
         try:
@@ -50,17 +55,31 @@ class DeviceMapping:
 
     @property
     def waits(self) -> bool:
-        """Whether a stream of this process can wait for the peer's marks; else the peer has to be asked."""
+        """Whether this process sees the peer's marks; else the peer has to be asked."""
         return bool(self._events)
 
-    def wait(self, stream: int, mark: int) -> None:
-        """A stream of this process waits for a mark of the peer, if it `waits`."""
-        if mark and self._events:
-            self._driver.wait(stream, self._events[mark % len(self._events)])
+    def settle(self, mark: int, stop: threading.Event) -> bool:
+        """This thread waits for a mark of the peer, if it `waits`. False: `stop` was set before.
+
+        A stream does not: it would wait for ever for what a peer that was killed had yet to compute, and all that is
+        copied after it. Raises UNAVAILABLE once the owner of the pool is known to be gone.
+        """
+        while mark and self._events and not self._driver.done(self._events[mark % len(self._events)]):
+            if stop.is_set():
+                return False
+            if self._gone.is_set():
+                raise unavailable("the prefill worker is gone, and had not written the blocks")
+            time.sleep(LOOK_S)
+        return True
 
     def watch(self, on_death: Callable[[], None]) -> None:
         """Calls back once, on the running event loop, when the owner of the pool is gone."""
-        self._lifeline.watch(on_death)
+
+        def notice() -> None:
+            self._gone.set()
+            on_death()
+
+        self._lifeline.watch(notice)
 
     def close(self) -> None:
         """Unmaps. The caller sees to it that no copy is running."""

@@ -112,17 +112,18 @@ class DeviceTarget:
         self._pull(source, _null_block(layout, first_head, self.layout), torch.empty_like(self._pool[:1]), Event())
 
     def _pull(self, source: Tensor | DeviceMapping, move: Move, pool: Tensor, stop: Event) -> bool:
-        if stop.is_set():
+        if stop.is_set() or (isinstance(source, DeviceMapping) and not source.settle(move.source_mark, stop)):
             return False
         driver, stream = self.driver, self._stream
         self._device_pool.wait(stream, move.target_mark)
-        if isinstance(source, DeviceMapping):
-            source.wait(stream, move.source_mark)
 
         def work() -> None:
             device = pool.device
-            # read by the launch alone, and freed on this stream after it
-            tables = [torch.tensor(table, dtype=torch.int32).to(device) for table in (move.source, move.target)]
+            # read by the launch alone, and freed on this stream after it; nobody waits for so few bytes
+            tables = [
+                torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True)
+                for table in (move.source, move.target)
+            ]
             if isinstance(source, DeviceMapping):
                 _transfer(source.tensor, pool, self.layout.format, move, tables, 0, move.num_tokens)
                 return

@@ -14,6 +14,7 @@ import torch
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.checks import read_chunk
 from benchmarks.gpu.engine import make_plan, prefill_flops
+from benchmarks.gpu.interference import _check_used, multi_process_service
 from benchmarks.gpu.results import COPY, Figure, Results, slug, table
 from benchmarks.gpu.shapes import FULL, LLAMA_8B, SMOKE, SMOLLM2_135M, RandomCheckpoint, parameter_shapes
 from shared.models.weights import load_weights
@@ -110,7 +111,9 @@ def test_the_work_of_a_prompt() -> None:
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--parts", "ops,nothing"])
-    assert "nothing: none of tests, ops, engine, service, transformers" in capsys.readouterr().err
+    assert (
+        "nothing: none of tests, ops, engine, handoff, service, interference, transformers" in capsys.readouterr().err
+    )
 
 
 def test_without_a_gpu_nothing_is_run() -> None:
@@ -122,6 +125,43 @@ def test_without_a_gpu_nothing_is_run() -> None:
     assert "nothing was run" in done.stderr
 
 
+def test_the_multi_process_service_ends_with_its_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a program in its place that does as it is told."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "30")
+    script = tmp_path / "nvidia-cuda-mps-control"
+    script.write_text(
+        """#!/usr/bin/env bash
+        cd "$CUDA_MPS_PIPE_DIRECTORY"
+        if [[ ${1-} == -f ]]; then
+            [[ -v CUDA_MPS_ACTIVE_THREAD_PERCENTAGE ]] && exit 1
+            mkfifo control
+            exec cat control
+        fi
+        read -r command
+        case $command in
+            quit) echo >control ;;
+            get_server_list) cat servers 2>/dev/null ;;
+        esac
+        """
+    )
+    script.chmod(0o755)
+    with multi_process_service() as env:
+        folder = Path(env["CUDA_MPS_PIPE_DIRECTORY"])
+        with pytest.raises(RuntimeError, match="without the Multi-Process Service"):
+            _check_used(env)
+        (folder / "servers").write_text("4711\n")
+        _check_used(env)
+    assert not folder.exists()
+    script.write_text('#!/bin/sh\necho "no device" >"$CUDA_MPS_LOG_DIRECTORY/control.log"; exit 1\n')
+    with pytest.raises(RuntimeError, match="does not start: no device"), multi_process_service():
+        pass
+    script.unlink()
+    monkeypatch.setattr("benchmarks.gpu.interference.shutil.which", lambda name: None)
+    with pytest.raises(RuntimeError, match="nvidia-cuda-mps-control is not installed"), multi_process_service():
+        pass
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_the_whole_command_at_tiny_sizes(tmp_path: Path) -> None:
@@ -131,13 +171,13 @@ def test_the_whole_command_at_tiny_sizes(tmp_path: Path) -> None:
     results = Results.open(tmp_path / "cpu.json")
     parts = results.values["parts"]
     assert {name: part["status"].split()[0] for name, part in parts.items()} == dict.fromkeys(
-        ("tests", "ops", "engine", "service", "transformers"), "Done"
+        ("tests", "ops", "engine", "handoff", "service", "interference", "transformers"), "Done"
     )
     figures = [Figure(**known) for part in parts.values() for known in part["figures"]]
-    # a CPU has no matrix product of bfloat16 whose results are float32
+    # a CPU has no matrix product of bfloat16 whose results are float32, and nothing that its processes would share
     missing = [figure for figure in figures if figure.value is None]
-    assert all("cuBLAS" in figure.name for figure in missing), missing
-    assert sum(figure.bar is not None for figure in figures) == 10
+    assert all("cuBLAS" in figure.name or "MPS" in figure.name for figure in missing), missing
+    assert sum(figure.bar is not None for figure in figures) == 18
     same = results.find("service", "tiny: answers that are the same alone")
     assert same is not None
     assert same.reached

@@ -23,7 +23,7 @@ from shared.transport.exporter import Exporter
 from shared.transport.importer import COPY_THREADS, CopyResult, Importer
 from shared.transport.pool_memory import PoolMemory
 from shared.transport.target import DeviceTarget, HostTarget
-from tests.shared.transport.fake_cuda import FakeCuda
+from tests.shared.transport.cuda_devices import Cuda, Gpu, read, write
 
 ROOT = Path(__file__).parents[3]
 LAYOUT = KvLayout(model_digest="ab" * 32, dtype="float32", num_layers=2, num_kv_heads=1, head_dim=8, block_tokens=16)
@@ -51,7 +51,7 @@ def held() -> Callable[[], tuple[set[str], int]]:
         while seen != (again := files()):  # another thread opens or closes something right now
             seen = again
         maps = Path("/proc/self/maps").read_text().splitlines()
-        return seen, sum("tandem-kv" in line or "fake-cuda GPU" in line for line in maps)
+        return seen, sum("tandem-kv" in line or "fake-cuda GPU" in line for line in maps) + Gpu.mapped
 
     return held
 
@@ -69,7 +69,7 @@ class Served:
     @property
     def pool(self) -> memoryview:
         """Its bytes, wherever they are."""
-        return self.memory.buffer if self.device is None else memoryview(self.device.tensor.numpy())
+        return self.memory.buffer if self.device is None else read(self.device.tensor)
 
     def block(self, index: int) -> bytes:
         size = self.layout.block_bytes
@@ -81,10 +81,17 @@ class Importing:
     """An importer and the pool it copies into, filled with 0xEE."""
 
     importer: Importer
-    pool: bytearray | memoryview
     layout: KvLayout
-    cuda: FakeCuda | None = None
+    memory: bytearray | None = None
     device: DevicePool | None = None
+
+    @property
+    def pool(self) -> bytearray | memoryview:
+        """Its bytes, wherever they are."""
+        if self.memory is not None:
+            return self.memory
+        assert self.device is not None
+        return read(self.device.tensor)
 
     async def copy(self, extent: kv_pb2.KvExtent, blocks: Sequence[int]) -> CopyResult:
         """Into `blocks`, the extent's alone: what comes before them in the history is in blocks of no matter."""
@@ -127,7 +134,7 @@ def serve(stack: AsyncExitStack, tmp_path: Path) -> Callable[..., Any]:
         *,
         num_blocks: int = 32,
         layout: KvLayout = LAYOUT,
-        cuda: FakeCuda | None = None,
+        cuda: Cuda | None = None,
         export: Export = "descriptor",
         **config: Any,
     ) -> Served:
@@ -147,7 +154,7 @@ def serve(stack: AsyncExitStack, tmp_path: Path) -> Callable[..., Any]:
             layout, memory, worker_id="prefill-1", kv_endpoint=endpoint, config=transport, device=device
         )
         served = Served(exporter, memory, layout, endpoint, device)
-        served.pool[:] = random.Random(1).randbytes(memory.num_bytes)
+        write(memory.tensor if device is None else device.tensor, random.Random(1).randbytes(memory.num_bytes))
         await exporter.start()
         kv_pb2_grpc.add_KvServiceServicer_to_server(exporter, server)
         await server.start()
@@ -162,26 +169,25 @@ def serve(stack: AsyncExitStack, tmp_path: Path) -> Callable[..., Any]:
 @pytest.fixture
 def importing(stack: AsyncExitStack) -> Callable[..., Importing]:
     def importing(
-        *, num_blocks: int = 32, layout: KvLayout = LAYOUT, cuda: FakeCuda | None = None, **config: Any
+        *, num_blocks: int = 32, layout: KvLayout = LAYOUT, cuda: Cuda | None = None, **config: Any
     ) -> Importing:
         """cuda: of the device that its pool is on; default: it is in host memory."""
         num_bytes = num_blocks * layout.block_bytes
-        device = None
+        device = memory = None
         if cuda is None:
-            pool = bytearray(b"\xee") * num_bytes
-            target = HostTarget(layout, pool)
+            memory = bytearray(b"\xee") * num_bytes
+            target = HostTarget(layout, memory)
         else:
             stack.callback(cuda.assert_clean)
             device = DevicePool(cuda, num_bytes)
             stack.callback(device.close)
             device.settle(device.mark())
-            pool = memoryview(device.tensor.numpy())
-            pool[:] = b"\xee" * num_bytes
+            write(device.tensor, b"\xee" * num_bytes)
             target = DeviceTarget(layout, device)
             stack.callback(target.close)
         importer = Importer(target, worker_id="decode-1", config=TransportConfig(**config))
         stack.push_async_callback(importer.close)
-        return Importing(importer, pool, layout, cuda, device)
+        return Importing(importer, layout, memory, device)
 
     return importing
 
@@ -195,7 +201,13 @@ class ExporterProcess:
     epoch: int
     contents: bytes
 
-    def extent(self, layout: KvLayout, blocks: list[int]) -> kv_pb2.KvExtent:
+    async def compute(self) -> int:
+        """Has its device compute without an end in sight; the mark by which that is done."""
+        self.process.stdin.write("compute\n")
+        self.process.stdin.flush()
+        return json.loads(await asyncio.to_thread(self.process.stdout.readline))["mark"]
+
+    def extent(self, layout: KvLayout, blocks: list[int], mark: int = 0) -> kv_pb2.KvExtent:
         return kv_pb2.KvExtent(
             kv_endpoint=self.kv_endpoint,
             epoch=self.epoch,
@@ -203,6 +215,7 @@ class ExporterProcess:
             block_ids=blocks,
             num_tokens=len(blocks) * layout.block_tokens,
             export_id="all",
+            mark=mark,
         )
 
     def block(self, layout: KvLayout, index: int) -> bytes:
@@ -225,10 +238,11 @@ def start_exporter(stack: AsyncExitStack, tmp_path: Path) -> Callable[..., Any]:
         num_blocks: int = 32,
         layout: KvLayout = LAYOUT,
         export: Export | None = None,
+        on: str = "fake",
         enter: Callable[[list[str]], list[str]] = list,
         **config: Any,
     ) -> ExporterProcess:
-        """export: of a pool on a device that is no GPU (fake_cuda.py); default: the pool is in host memory.
+        """export: of a pool on a device; default: it is in host memory. on: which device (cuda_devices.py).
 
         enter: makes the process's command that of one elsewhere (tests/namespaces.py).
         """
@@ -239,6 +253,7 @@ def start_exporter(stack: AsyncExitStack, tmp_path: Path) -> Callable[..., Any]:
             "host": host,
             "port": port,
             "export": export,
+            "on": on,
             "config": {"socket_dir": str(tmp_path), **config},
         }
         process = subprocess.Popen(  # noqa: ASYNC220 - forks and execs at once

@@ -1,7 +1,8 @@
 """A prefill worker's KV side as a process of its own: a pool of random bytes, exported whole as "all".
 
-Its argument is JSON: layout, num_blocks, seed, host, port, export, config. It prints one line of JSON when it serves,
-and stops at the end of its standard input.
+Its argument is JSON: layout, num_blocks, seed, host, port, export, on, config. It prints one line of JSON when it
+serves, and stops at the end of its standard input. At a line "compute" there it has its device compute for ever, or for
+long, and prints the mark by which that is done.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import random
 import sys
 from types import SimpleNamespace
 
+import torch
 from tandem.v1 import kv_pb2_grpc
 
 from shared.config import TransportConfig
@@ -18,7 +20,10 @@ from shared.rpc import create_server
 from shared.transport.device_pool import DevicePool
 from shared.transport.exporter import Exporter
 from shared.transport.pool_memory import PoolMemory
+from tests.shared.transport.cuda_devices import make_cuda, write
 from tests.shared.transport.fake_cuda import FakeCuda
+
+LONG = 100_000_000_000  # cycles of a GPU: a minute
 
 
 async def main(options: SimpleNamespace) -> None:
@@ -26,12 +31,10 @@ async def main(options: SimpleNamespace) -> None:
     memory = PoolMemory(options.num_blocks * layout.block_bytes)
     contents = random.Random(options.seed).randbytes(memory.num_bytes)
     device = None
-    if options.export is None:
-        memory.buffer[:] = contents
-    else:
-        device = DevicePool(FakeCuda(), memory.num_bytes, export=options.export)
+    if options.export is not None:
+        device = DevicePool(make_cuda(options.on), memory.num_bytes, export=options.export)
         device.settle(device.mark())
-        memoryview(device.tensor.numpy())[:] = contents
+    write(memory.tensor if device is None else device.tensor, contents)
     server = create_server()
     endpoint = f"{options.host}:{server.add_insecure_port(f'{options.host}:{options.port}')}"
     exporter = Exporter(
@@ -47,7 +50,13 @@ async def main(options: SimpleNamespace) -> None:
     kv_pb2_grpc.add_KvServiceServicer_to_server(exporter, server)
     await server.start()
     print(json.dumps({"kv_endpoint": endpoint, "epoch": exporter.epoch}), flush=True)
-    await asyncio.to_thread(sys.stdin.read)
+    while await asyncio.to_thread(sys.stdin.readline):
+        assert device is not None
+        if isinstance(device.driver, FakeCuda):
+            device.driver.gate()
+        else:
+            torch.cuda._sleep(LONG)
+        print(json.dumps({"mark": device.mark()}), flush=True)
     exporter.close()
     await server.stop(0)
     if device is not None:
