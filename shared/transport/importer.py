@@ -25,6 +25,7 @@ from torch import Tensor
 
 from shared.config import TransportConfig
 from shared.rpc import from_grpc, mismatch, stale, unavailable
+from shared.transport.block_copy import PIECE_BYTES
 from shared.transport.device_mapping import DeviceMapping
 from shared.transport.mapping import Mapping
 from shared.transport.pair import Pair, shake_hands
@@ -247,8 +248,9 @@ class Importer:
         block_bytes, block_tokens = pair.layout.block_bytes, pair.layout.block_tokens
         missing = len(move.source) * block_bytes
         checksum = 0
-        arrived = bytearray()  # blocks that are not moved yet, the last one perhaps in part
-        moved = 0  # blocks
+        # as many blocks as are moved at a time
+        piece = memoryview(bytearray(min(len(move.source), max(1, PIECE_BYTES // block_bytes)) * block_bytes))
+        filled = moved = 0  # bytes of the piece; blocks before it
         request = kv_pb2.FetchRequest(
             export_id=extent.export_id, epoch=extent.epoch, block_ids=extent.block_ids, mark=extent.mark
         )
@@ -260,13 +262,15 @@ class Importer:
                     raise mismatch("fetch", f"{pair.kv_endpoint} sends more bytes than were asked for")
                 if extent.HasField("crc32"):
                     checksum = zlib.crc32(response.data, checksum)
-                arrived += response.data
-                count = len(arrived) // block_bytes
-                if not count:
-                    continue
-                await self._pull_part(arrived[: count * block_bytes], move, moved * block_tokens, count * block_tokens)
-                del arrived[: count * block_bytes]
-                moved += count
+                data = memoryview(response.data)
+                while data:
+                    count = min(len(data), len(piece) - filled)
+                    piece[filled : filled + count] = data[:count]
+                    data, filled = data[count:], filled + count
+                    if filled == len(piece) or not missing:
+                        num_blocks = filled // block_bytes
+                        await self._pull_part(piece[:filled], move, moved * block_tokens, num_blocks * block_tokens)
+                        filled, moved = 0, moved + num_blocks
         except grpc.aio.AioRpcError as error:
             if error.code() == grpc.StatusCode.UNAVAILABLE:
                 self._drop(pair)  # the next attempt gets a channel that waits for no backoff
@@ -277,7 +281,7 @@ class Importer:
             raise mismatch("fetch", f"{pair.kv_endpoint} sent {missing} bytes less than were asked for")
         return checksum
 
-    async def _pull_part(self, data: bytearray, move: Move, first_slot: int, num_slots: int) -> None:
+    async def _pull_part(self, data: memoryview, move: Move, first_slot: int, num_slots: int) -> None:
         """Moves what a run of the source's blocks holds of a move: slots first_slot and so on of its first block."""
         begin = max(first_slot, move.source_slot)
         end = min(first_slot + num_slots, move.source_slot + move.num_tokens)
