@@ -88,6 +88,7 @@ def test_its_processes_end_when_it_is_killed(tiny_model: Callable[[str], Path]):
         assert ended(children, timeout_s=30)
 
 
+@pytest.mark.slow  # tests/cli/test_supervisor.py and tests/e2e/test_faults_recovery.py have workers come back
 def test_a_worker_that_dies_comes_back_and_the_service_goes_on(tiny_model: Callable[[str], Path]):
     with up("--model", str(tiny_model("llama"))) as (process, text):
         children = members(process)

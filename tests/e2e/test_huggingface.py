@@ -46,10 +46,10 @@ async def service(default_model: Path) -> Cluster:
         yield cluster
 
 
-# every other one is quick, and the last is the longest
+# every fourth is quick, and the last is the longest
 NUM_REQUESTS = len(prompts.requests())
 NUMBERS = [
-    pytest.param(number, marks=[pytest.mark.slow] * (number % 2 == 1 or number == NUM_REQUESTS - 1))
+    pytest.param(number, marks=[pytest.mark.slow] * (number % 4 or number == NUM_REQUESTS - 1))
     for number in range(NUM_REQUESTS)
 ]
 
@@ -59,7 +59,9 @@ async def test_default_model(service: Cluster, default_reference: PreTrainedMode
     await assert_equal(service, default_reference, prompts.requests()[number])
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "qwen2")), "qwen3"]
+)
 async def test_other_families(family: str, tiny_model) -> None:
     folder = tiny_model(family)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

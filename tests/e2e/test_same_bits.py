@@ -107,13 +107,14 @@ KINDS: dict[str, dict[str, object]] = {
 }
 # these change the shapes of the arithmetic; the others are checked in bfloat16 alone
 SHAPES_CHANGE = (TOGETHER[0], TOGETHER[1], TOGETHER[3])
+REPEATED = (("int4", TOGETHER[1]), ("int4", TOGETHER[3]))
 CASES_BY_KIND = [
     # float32 and int8 take the ways of bfloat16 and int4
     pytest.param(
         kind,
         case,
         id=f"{kind}-{case.name}",
-        marks=[pytest.mark.slow] * (kind in ("float32", "int8") or case in ALONE),
+        marks=[pytest.mark.slow] * (kind in ("float32", "int8") or case in ALONE or (kind, case) in REPEATED),
     )
     for kind in KINDS
     for case in (*TOGETHER, *ALONE)
@@ -179,6 +180,7 @@ async def test_tiny_model(
     await measured[key].check(case)
 
 
+@pytest.mark.slow  # the tiny models take the same ways
 async def test_default_model(default_model: Path) -> None:
     """Small chunks, several workers and a small pool, all at once, on the model that `make serve` serves."""
     case = Case(

@@ -222,6 +222,7 @@ async def test_killed(tiny_model: Callable[[str], Path]) -> None:
         assert not pools(everyone()) & held
 
 
+@pytest.mark.slow
 async def test_interrupted_twice(tiny_model: Callable[[str], Path]) -> None:
     """The first Ctrl-C lets what runs come to its end, the second does not."""
     async with up(tiny_model("llama"), "--set", "drain_s=60") as service:

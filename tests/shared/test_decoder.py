@@ -266,6 +266,7 @@ def test_close_frees_the_weights() -> None:
     assert embedding() is None
 
 
+@pytest.mark.slow  # tests/e2e/test_huggingface.py has the same model answer as transformers does
 def test_smollm2_equals_transformers(default_reference: PreTrainedModel) -> None:
     """The real model from its GGUF file, both read in float32."""
     files = smollm2()

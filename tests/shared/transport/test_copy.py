@@ -281,7 +281,7 @@ async def test_no_extent_from_the_wire_does_harm(serve, importing, layout, trans
     )
     drawn: list[kv_pb2.KvExtent] = []
 
-    @settings(max_examples=150, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, database=None, deadline=None, suppress_health_check=list(HealthCheck))
     @given(extents, st.booleans())
     def draw(extent: kv_pb2.KvExtent, fit: bool) -> None:
         if fit:  # half of them agree in their numbers, so that they come further

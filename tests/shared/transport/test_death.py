@@ -47,9 +47,12 @@ WAYS = {
 }
 
 
-def ways(which: Callable[[str], bool]) -> pytest.MarkDecorator:
-    chosen = [pytest.param(way, marks=[pytest.mark.gpu] * ("GPU" in way)) for way in WAYS if which(way)]
-    return pytest.mark.parametrize("way", chosen)
+def ways(which: Callable[[str], bool], slow: str = "none") -> pytest.MarkDecorator:
+    """slow: what the ways begin with that take minutes in all, on a device that is no GPU."""
+    marks = {
+        way: [pytest.mark.gpu] if "GPU" in way else [pytest.mark.slow] if way.startswith(slow) else [] for way in WAYS
+    }
+    return pytest.mark.parametrize("way", [pytest.param(way, marks=marks[way]) for way in WAYS if which(way)])
 
 
 ANY = ways(lambda way: True)
@@ -144,7 +147,7 @@ async def test_a_worker_killed_during_a_fetch_is_unavailable(start_exporter, imp
     assert decode.importer.pairs() == []
 
 
-@MAPPED
+@ways(lambda way: way != "inline", slow="cuda_ipc")
 async def test_descriptors_and_mappings_return_to_the_start(start_exporter, importing, layout, held, way):
     decode = importing(**device(way))
 
