@@ -152,6 +152,7 @@ async def test_prefill_killed_in_mid_prefill(service: Cluster) -> None:
     assert victim_id not in result.receipt.prefill_workers
 
 
+@pytest.mark.slow
 async def test_both_kinds_killed_in_turn(service: Cluster) -> None:
     """Every worker dies once while one stream runs, a prefill worker in the middle of a recovery's prefill."""
     # with log-probabilities of the prompt no cache shortens a prefill, the recovery's neither

@@ -7,7 +7,7 @@ import pytest
 from tandem.v1 import kv_pb2, kv_pb2_grpc
 
 from shared import rpc
-from shared.transport import block_copy
+from shared.transport import block_copy, importer
 from shared.transport.importer import COPY_THREADS
 from shared.transport.wire import CHUNK_BYTES
 
@@ -113,7 +113,8 @@ class Stalling(kv_pb2_grpc.KvServiceServicer):
         yield kv_pb2.FetchResponse(data=b"\x02" * CHUNK_BYTES)
 
 
-async def test_a_cancelled_fetch_ends_on_both_sides(serve, importing, layout, stack):
+async def test_a_cancelled_fetch_ends_on_both_sides(serve, importing, layout, stack, monkeypatch):
+    monkeypatch.setattr(importer, "PIECE_BYTES", CHUNK_BYTES)
     num_blocks = 2 * CHUNK_BYTES // layout.block_bytes
     served = await serve(num_blocks=num_blocks + 1)
     decode = importing(num_blocks=num_blocks + 1, disable=["shared_memory"])

@@ -94,7 +94,7 @@ async def test_a_restarted_worker_is_mapped_afresh(start_exporter, importing, la
         assert len(list(tmp_path.glob("*.sock"))) == (2 if options else 1)  # the killed worker's were removed
 
 
-@MAPPED
+@ways(lambda way: way != "inline", slow="cuda_ipc")
 async def test_a_dead_workers_memory_is_given_back_without_further_traffic(
     start_exporter, importing, layout, held, way
 ):
@@ -113,7 +113,7 @@ async def test_a_dead_workers_memory_is_given_back_without_further_traffic(
     assert decode.untouched()
 
 
-@MAPPED
+@ways(lambda way: way != "inline", slow="cuda_ipc")
 async def test_the_mapping_outlives_its_owner_while_a_copy_runs(start_exporter, importing, layout, held, occupy, way):
     decode = importing(**device(way))
     before = held()[1]
