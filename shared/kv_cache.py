@@ -17,7 +17,8 @@ ORDER = "block,layer,kv,head,token,dim"
 
 @dataclass(frozen=True)
 class KvLayout:
-    """What the bytes of one block mean. Two workers may hand blocks over only if all of it is equal.
+    """What the bytes of one block mean. What may differ between two workers that hand over says
+    shared.transport.wire.check_layouts.
 
     `dtype` is a key of kernels.kv_format.ELEMENTS; `order` names the axes of the pool from slowest to fastest (kv: 0
     keys, 1 values). The pool holds `num_kv_heads` of the model's key/value heads, from `first_kv_head` on.

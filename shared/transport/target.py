@@ -73,7 +73,7 @@ class HostTarget:
         assert isinstance(source, Tensor)
         layout, block_tokens = self.layout, self.layout.block_tokens
         whole = not (move.source_slot % block_tokens or move.target_slot % block_tokens)
-        if whole and move.layout.digest == layout.digest:
+        if whole and move.layout == layout:
             blocks = -(-move.num_tokens // block_tokens)
             first, place = move.source_slot // block_tokens, move.target_slot // block_tokens
             return copy_blocks(
