@@ -1,4 +1,4 @@
-"""The one decoder: every family is a run of it over another architecture record.
+"""The one decoder: every family of language models is a run of it over another architecture record.
 
 Each op gives a row the same bits whatever rows are beside it, so logits do not depend on how prompts are batched,
 chunked or cached.
@@ -6,52 +6,42 @@ chunked or cached.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from kernels.activation import gated_gelu_tanh, gated_silu
 from kernels.attention import paged_attention
-from kernels.gather import gather
-from kernels.linear import LinearWeight, linear
-from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.embedding import embed
+from kernels.head_norm import head_norm
 from kernels.rope import rope_and_cache
+from kernels.scale import scale
 from shared.batch import RaggedBatch
 from shared.kv_cache import KvCache
 from shared.models.architecture import Architecture
 from shared.models.rope import cos_sin_table
-from shared.models.weights import DecoderWeights, LayerWeights
+from shared.models.transformer import Take, Transformer
+from shared.models.weights import LayerWeights, ModelWeights, Norm
 from shared.workspace import Workspace
-
-_ACTIVATIONS = {"silu": gated_silu, "gelu_tanh": gated_gelu_tanh}
-
-
-@dataclass(frozen=True)
-class _Take:
-    """The model's own dtype for what is taken from a workspace."""
-
-    workspace: Workspace
-    dtype: torch.dtype
-
-    def __call__(self, name: str, rows: int, width: int) -> Tensor:
-        return self.workspace.take(name, rows, width, self.dtype)
 
 
 class Decoder:
     """A loaded model. Not for two threads at once."""
 
-    def __init__(self, architecture: Architecture, weights: DecoderWeights, *, deterministic: bool = True) -> None:
+    def __init__(self, architecture: Architecture, weights: ModelWeights, *, deterministic: bool = True) -> None:
         """It computes in the weights' dtype, where they lie.
 
         deterministic: a token's bits are its own, whatever is beside it; on a CPU they always are.
         """
-        self.architecture, self._deterministic = architecture, deterministic
+        self.architecture = architecture
         self.dtype, device = weights.embedding.dtype, weights.embedding.device
         self._weights = weights
-        table = cos_sin_table(architecture.rope, architecture.head_dim, architecture.max_context)
-        self._cos_sin = table.to(device)
-        self._activation = _ACTIVATIONS[architecture.activation]
+        self._layers = Transformer(architecture, weights, deterministic=deterministic)
+        ropes = dict.fromkeys(architecture.ropes)
+        tables = {rope: cos_sin_table(rope, architecture.max_context).to(device) for rope in ropes}
+        self._cos_sin = [tables[rope] for rope in architecture.ropes]
+        slopes = architecture.alibi_slopes
+        self._slopes = torch.tensor(slopes, dtype=torch.float32, device=device) if slopes else None
+        # as the model's own code rounds it
+        self._embedding_scale = float(torch.tensor(architecture.embedding_scale, dtype=self.dtype))
         self._workspace = Workspace(device)
 
     @torch.inference_mode()
@@ -61,55 +51,69 @@ class Decoder:
         With a workspace of the caller's, activations and logits lie there, and the next forward overwrites them. A
         position must lie below the architecture's max_context.
         """
-        a, weights, eps = self.architecture, self._weights, self.architecture.norm_eps
-        take = _Take(workspace or self._workspace, self.dtype)
-        rows = batch.num_tokens
-        residual = gather(weights.embedding, batch.token_ids, out=take("residual", rows, a.hidden_size))
-        x = rms_norm(residual, weights.layers[0].input_norm, eps, out=take("x", rows, a.hidden_size))
-        last = len(weights.layers) - 1
-        for index, layer in enumerate(weights.layers):
-            attended = self._attention(x, layer, index, batch, kv, take)
-            if index == last:  # what follows is row by row, and only these rows are read
-                rows = len(batch.logit_rows)
-                if not rows:
-                    return torch.empty(0, a.vocab_size, device=x.device)
-                attended = gather(attended, batch.logit_rows, out=take("wanted", rows, attended.shape[1]))
-                residual = gather(residual, batch.logit_rows, out=take("wanted_residual", rows, a.hidden_size))
-                x = take("x", rows, a.hidden_size)
-            output = take("output", rows, a.hidden_size)
-            self._linear(attended, layer.output, output)
-            add_rms_norm(output, residual, layer.mlp_norm, eps, out=x, residual_out=residual)
-            gate_up = self._linear(x, layer.gate_up, take("gate_up", rows, 2 * a.intermediate_size))
-            activated = self._activation(gate_up, out=take("activated", rows, a.intermediate_size))
-            self._linear(activated, layer.down, output)
-            next_norm = weights.final_norm if index == last else weights.layers[index + 1].input_norm
-            add_rms_norm(output, residual, next_norm, eps, out=x, residual_out=residual)
+        a = self.architecture
+        take = Take(workspace or self._workspace, self.dtype)
+        stream = self._embedded(batch, take)
+
+        def attend(index: int, x: Tensor, layer: LayerWeights) -> Tensor:
+            return self._attention(x, layer, index, batch, kv, take)
+
+        x = self._layers.forward(stream, attend, take, batch.logit_rows)
+        rows = len(batch.logit_rows)
         if workspace is None:
             logits = torch.empty(rows, a.vocab_size, device=x.device)
         else:
             logits = workspace.take("logits", rows, a.vocab_size, torch.float32)
-        return self._linear(x, weights.lm_head, logits)
+        if not rows:
+            return logits
+        assert self._weights.lm_head is not None
+        self._layers.linear(x, self._weights.lm_head, logits)
+        if a.logit_scale != 1.0 or a.logit_cap is not None:
+            scale(logits, a.logit_scale, soft_cap=a.logit_cap, out=logits)
+        return logits
 
-    def _linear(self, x: Tensor, weight: LinearWeight, out: Tensor) -> Tensor:
-        return linear(x, weight, out=out, own_bits=self._deterministic)
+    def _embedded(self, batch: RaggedBatch, take: Take) -> Tensor:
+        a, weights = self.architecture, self._weights
+        stream = embed(
+            weights.embedding,
+            batch.token_ids,
+            scale=self._embedding_scale,
+            positions=None if weights.positions is None else batch.positions,
+            position_table=weights.positions,
+            offset=a.position_offset,
+            out=take("stream", batch.num_tokens, a.hidden_size),
+        )
+        if weights.embedding_norm is None:
+            return stream
+        return self._layers.norm(stream, weights.embedding_norm, take("normed_stream", *stream.shape))
 
     def _attention(
-        self, x: Tensor, layer: LayerWeights, index: int, batch: RaggedBatch, kv: KvCache, take: _Take
+        self, x: Tensor, layer: LayerWeights, index: int, batch: RaggedBatch, kv: KvCache, take: Take
     ) -> Tensor:
         """Normed hidden states [tokens, hidden] → attended values [tokens, heads * head_dim]."""
         a, rows = self.architecture, batch.num_tokens
         cache = kv.layer(index)
+        qkv = self._layers.linear(x, layer.qkv, take("qkv", rows, a.qkv_size))
+        if a.qkv_clip is not None:
+            scale(qkv, clip=a.qkv_clip, out=qkv)
+        # RMSNorm of each head by a weight that all share is the rope op's own
+        fused = a.qk_norm is not None and a.qk_norm.per_head and a.qk_norm.shared and a.qk_norm.kind == "rms"
+        if not fused:
+            self._norm_heads(qkv, layer.q_norm, 0, a.num_heads)
+            self._norm_heads(qkv, layer.k_norm, a.num_heads * a.head_dim, a.num_kv_heads)
+        rope = a.ropes[index]
         q = rope_and_cache(
-            self._linear(x, layer.qkv, take("qkv", rows, a.qkv_size)),
-            self._cos_sin,
+            qkv,
+            self._cos_sin[index],
             batch.positions,
             batch.slots,
             cache,
             a.num_heads,
             a.num_kv_heads,
-            layer.q_norm,
-            layer.k_norm,
+            layer.q_norm.weight if fused and layer.q_norm else None,
+            layer.k_norm.weight if fused and layer.k_norm else None,
             a.norm_eps,
+            interleaved=rope is not None and rope.interleaved,
             out=take("q", rows, a.num_heads * a.head_dim).view(rows, a.num_heads, a.head_dim),
         )
         return paged_attention(
@@ -120,10 +124,21 @@ class Decoder:
             batch.block_tables,
             a.attention_scale,
             a.sliding_window[index],
+            alibi_slopes=self._slopes,
+            soft_cap=a.attention_cap,
             max_query_len=batch.max_query_len,
             out=take("attended", rows, a.num_heads * a.head_dim),
         )
 
+    def _norm_heads(self, qkv: Tensor, norm: Norm | None, first: int, heads: int) -> None:
+        """In place, of the columns from `first` on."""
+        how = self.architecture.qk_norm
+        if how is None or norm is None:
+            return
+        count, width = (heads, self.architecture.head_dim) if how.per_head else (1, heads * self.architecture.head_dim)
+        eps = self.architecture.norm_eps
+        head_norm(qkv, norm.weight, norm.bias, eps, kind=how.kind, first=first, num_heads=count, width=width)
+
     def close(self) -> None:
         """Lets go of the weights."""
-        del self._weights, self._cos_sin, self._workspace
+        del self._weights, self._layers, self._cos_sin, self._workspace

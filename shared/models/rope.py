@@ -1,8 +1,9 @@
 """Rotary frequencies of each kind of scaling, and the table of cosines and sines.
 
 Formulas: linear, https://www.reddit.com/r/LocalLLaMA/comments/14fgjqj; yarn, https://arxiv.org/abs/2309.00071;
-llama3, https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py. The order of the operations is
-that of transformers 5 (modeling_rope_utils.py), so that the float32 values are the same.
+longrope, https://arxiv.org/abs/2402.13753; llama3,
+https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py. The order of the operations is that of
+transformers 5 (modeling_rope_utils.py), so that the float32 values are the same.
 """
 
 import math
@@ -13,11 +14,13 @@ from torch import Tensor
 from shared.models.architecture import Rope
 
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """float32 [head_dim / 2]: radians per position of each rotated pair."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
+def inverse_frequencies(rope: Rope) -> Tensor:
+    """float32 [rope.dim / 2]: radians per position of each rotated pair."""
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64).to(torch.float32) / rope.dim
     if rope.kind == "yarn":
-        return _yarn(rope, head_dim, rope.theta**exponents)
+        return _yarn(rope, rope.theta**exponents)
+    if rope.kind == "longrope":
+        return 1.0 / (torch.tensor(rope.factors, dtype=torch.float32) * rope.theta**exponents)
     frequencies = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
         return frequencies / rope.factor
@@ -26,10 +29,15 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
     return frequencies
 
 
-def cos_sin_table(rope: Rope, head_dim: int, num_positions: int) -> Tensor:
-    """float32 [num_positions, head_dim]: the cosines of the head_dim / 2 frequencies, then their sines."""
+def cos_sin_table(rope: Rope | None, num_positions: int) -> Tensor:
+    """float32 [num_positions, rope.dim]: the cosines of the rope.dim / 2 frequencies, then their sines.
+
+    [num_positions, 0] without a rope: the op that turns queries and keys then turns nothing.
+    """
+    if rope is None:
+        return torch.empty(num_positions, 0)
     positions = torch.arange(num_positions, dtype=torch.float32)
-    angles = positions[:, None] * inverse_frequencies(rope, head_dim)[None, :]
+    angles = positions[:, None] * inverse_frequencies(rope)[None, :]
     return torch.cat((angles.cos(), angles.sin()), dim=-1) * rope.attention_factor
 
 
@@ -43,18 +51,18 @@ def _llama3(rope: Rope, frequencies: Tensor) -> Tensor:
     return torch.where(is_between, smoothed, scaled)
 
 
-def _yarn(rope: Rope, head_dim: int, wavelength_radians: Tensor) -> Tensor:
+def _yarn(rope: Rope, wavelength_radians: Tensor) -> Tensor:
     """Frequencies that turn often keep their speed, slow ones are interpolated, those between are blended."""
 
     def dimension_of(rotations: float) -> float:
         turns = rope.original_context / (rotations * 2 * math.pi)
-        return head_dim * math.log(turns) / (2 * math.log(rope.theta))
+        return rope.dim * math.log(turns) / (2 * math.log(rope.theta))
 
     low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, rope.dim - 1)
     span = high - low if high != low else 0.001
-    kept = 1 - torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32) - low) / span, 0, 1)
+    kept = 1 - torch.clamp((torch.arange(rope.dim // 2, dtype=torch.float32) - low) / span, 0, 1)
     interpolated, extrapolated = 1.0 / (rope.factor * wavelength_radians), 1.0 / wavelength_radians
     return interpolated * (1 - kept) + extrapolated * kept

@@ -1,105 +1,138 @@
-"""The parameters of a decoder, taken from a checkpoint by the family's name table and packed for the ops."""
+"""The parameters of a transformer, taken from a checkpoint by the family's name table and packed for the ops."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kernels.linear import LinearWeight, packing, probe_row_invariance
+from kernels.moe import ExpertWeights
 from kernels.quantization import Integers, Quantization
 from shared.checkpoint import Checkpoint, CheckpointError, check_names
 from shared.config import QuantizationMode
 from shared.models.architecture import Architecture
+from shared.models.shapes import EXPERTS, LINEARS, Shapes, layer_shapes, model_shapes, modules_of
+from shared.policies.names import Source, choose
+from shared.policies.policy import Policy
 from shared.policies.table import POLICIES
 
 # what weights and activations may be
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Left over in old checkpoints: frequencies, which the config gives.
-_IGNORED = (r".*rotary_emb\.inv_freq",)
 # Input features that share a scale and an offset, as in GGUF's Q4_1, of which the default model's file is made. Groups
 # of 64 without offsets read a quarter less, and raised that model's perplexity by 40%.
 _INT4_GROUP, _INT4_GROUP_LEAST = 32, 8
+_TABLES = ("embedding", "positions", "token_types")  # read row by row
+_PLAIN_LINEARS = ("router", "shared_gate", "pooler")  # never quantized
+
+
+@dataclass(frozen=True)
+class Norm:
+    """weight and bias [width], of RMSNorm or LayerNorm."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+Part = Tensor | LinearWeight | ExpertWeights | Norm
+Record = TypeVar("Record", bound="LayerWeights | ModelWeights")
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer. Norms are [hidden], `q_norm` and `k_norm` [head_dim] where the family has them."""
+    """One layer. What the architecture does without is None; shapes.py has the shapes."""
 
-    input_norm: Tensor
-    qkv: LinearWeight  # [(heads + 2 * kv_heads) * head_dim, hidden]
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    output: LinearWeight  # [hidden, heads * head_dim]
-    mlp_norm: Tensor
-    gate_up: LinearWeight  # [2 * intermediate, hidden], gate first
-    down: LinearWeight  # [hidden, intermediate]
+    qkv: LinearWeight
+    output: LinearWeight
+    attention_norm: Norm | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    attention_output_norm: Norm | None = None
+    mlp_norm: Norm | None = None
+    up: LinearWeight | None = None  # gate first, then up, where the MLP is gated
+    down: LinearWeight | None = None
+    mlp_output_norm: Norm | None = None
+    router: LinearWeight | None = None
+    experts_up: ExpertWeights | None = None
+    experts_down: ExpertWeights | None = None
+    shared_up: LinearWeight | None = None
+    shared_down: LinearWeight | None = None
+    shared_gate: LinearWeight | None = None
 
 
 @dataclass(frozen=True)
-class DecoderWeights:
+class ModelWeights:
+    """All of a model's."""
+
     embedding: Tensor  # [vocab, hidden]
     layers: tuple[LayerWeights, ...]
-    final_norm: Tensor  # [hidden]
-    lm_head: LinearWeight  # [vocab, hidden]
+    positions: Tensor | None = None
+    token_types: Tensor | None = None
+    embedding_norm: Norm | None = None
+    final_norm: Norm | None = None
+    lm_head: LinearWeight | None = None  # [vocab, hidden]
+    pooler: LinearWeight | None = None
 
     def probe(self) -> None:
         """RuntimeError if this CPU's matmuls cannot keep a row's bits free of the rows beside it."""
-        first = self.layers[0]
-        for weight in (first.qkv, first.output, first.gate_up, first.down, self.lm_head):
-            probe_row_invariance(weight)
+        for _, part in (*_parts_of(self.layers[0]), *_parts_of(self)):
+            if isinstance(part, LinearWeight):
+                probe_row_invariance(part)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, to be stored."""
         tensors: dict[str, Tensor] = {}
-        for name, part in self._parts().items():
-            if isinstance(part, LinearWeight):
-                tensors |= {f"{name}.{field}": tensor for field, tensor in part.tensors().items()}
-            else:
+        for name, part in self._parts():
+            if isinstance(part, Tensor):
                 tensors[name] = part
+            elif isinstance(part, Norm):
+                tensors[f"{name}.weight"] = part.weight
+                if part.bias is not None:
+                    tensors[f"{name}.bias"] = part.bias
+            else:
+                tensors |= {f"{name}.{field}": tensor for field, tensor in part.tensors().items()}
         return tensors
 
     @classmethod
-    def from_tensors(cls, architecture: Architecture, tensors: Mapping[str, Tensor]) -> "DecoderWeights":
+    def from_tensors(cls, architecture: Architecture, tensors: Mapping[str, Tensor]) -> ModelWeights:
         """What gave these tensors, over the same memory."""
-        shapes, dtype = _shapes(architecture), tensors["embedding"].dtype
+        dtype = tensors["embedding"].dtype
 
-        def linear(name: str, shape: tuple[int, ...]) -> LinearWeight:
-            found = {field: tensors.get(f"{name}.{field}") for field in LinearWeight.FIELDS}
-            parts = {field: tensor for field, tensor in found.items() if tensor is not None}
-            return LinearWeight.from_tensors(parts, shape, dtype)
+        def part(name: str, module: str, shapes: Shapes) -> Part:
+            if module in _TABLES:
+                return tensors[name]
+            if _is_norm(module):
+                return Norm(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+            kind = ExpertWeights if module in EXPERTS else LinearWeight
+            found = {field: tensors.get(f"{name}.{field}") for field in kind.FIELDS}
+            stored = {field: tensor for field, tensor in found.items() if tensor is not None}
+            shape = shapes.get(f"{module}.weight", shapes.get("embedding", ()))
+            return kind.from_tensors(stored, shape, dtype)
 
-        def of_layer(index: int, name: str) -> LinearWeight:
-            return linear(f"layers.{index}.{name}", shapes[f"{name}.weight"])
+        return assemble(architecture, part)
 
-        def layer(index: int) -> LayerWeights:
-            name = f"layers.{index}"
-            return LayerWeights(
-                input_norm=tensors[f"{name}.input_norm"],
-                qkv=of_layer(index, "qkv"),
-                q_norm=tensors.get(f"{name}.q_norm"),
-                k_norm=tensors.get(f"{name}.k_norm"),
-                output=of_layer(index, "output"),
-                mlp_norm=tensors[f"{name}.mlp_norm"],
-                gate_up=of_layer(index, "gate_up"),
-                down=of_layer(index, "down"),
-            )
-
-        return cls(
-            embedding=tensors["embedding"],
-            layers=tuple(layer(index) for index in range(architecture.num_layers)),
-            final_norm=tensors["final_norm"],
-            lm_head=linear("lm_head", shapes["embedding"]),
-        )
-
-    def _parts(self) -> dict[str, Tensor | LinearWeight]:
-        parts = {"embedding": self.embedding, "final_norm": self.final_norm, "lm_head": self.lm_head}
+    def _parts(self) -> Iterator[tuple[str, Part]]:
+        yield from _parts_of(self)
         for index, layer in enumerate(self.layers):
-            for field in fields(layer):
-                if (part := getattr(layer, field.name)) is not None:
-                    parts[f"layers.{index}.{field.name}"] = part
-        return parts
+            for name, part in _parts_of(layer):
+                yield f"layers.{index}.{name}", part
+
+
+def assemble(a: Architecture, part_of: Callable[[str, str, Shapes], Part]) -> ModelWeights:
+    """A model of the parts that `part_of` gives for (name, module, shapes of the module's own level)."""
+    layers: list[LayerWeights] = []
+    shapes = model_shapes(a)
+    # first, so that a checkpoint of another size is found out before its layers are packed
+    top = {module: part_of(module, module, shapes) for module in (*modules_of(shapes), *_tied_head(a))}
+    for layer in range(a.num_layers):
+        own = layer_shapes(a, layer)
+        parts = {module: part_of(f"layers.{layer}.{module}", module, own) for module in modules_of(own)}
+        layers.append(LayerWeights(**parts))  # pyright: ignore[reportArgumentType] - by the shapes
+    return ModelWeights(layers=tuple(layers), **top)  # pyright: ignore[reportArgumentType]
 
 
 def load_weights(
@@ -109,79 +142,122 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device | str,
     quantization: QuantizationMode = "none",
-) -> DecoderWeights:
+    policy: Policy | None = None,
+) -> ModelWeights:
     """Reads parameter by parameter, so that at most one is held raw and packed at once.
 
-    Raises CheckpointError naming parameters that are missing, unexpected or of another shape than the config says.
+    policy: whose names the checkpoint has; default: the family's. Raises CheckpointError naming parameters that are
+    missing, unexpected or of another shape than the config says.
     """
-    return _Loader(architecture, checkpoint, dtype, device, quantization).load()
+    policy = policy or POLICIES[architecture.family]
+    return _Loader(architecture, policy, checkpoint, dtype, device, quantization).load()
 
 
 class _Loader:
     def __init__(
         self,
         architecture: Architecture,
+        policy: Policy,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
         device: torch.device | str,
         quantization: QuantizationMode,
     ) -> None:
-        self.architecture, self.checkpoint, self.dtype, self.device = architecture, checkpoint, dtype, device
+        self.architecture, self.policy, self.checkpoint = architecture, policy, checkpoint
+        self.dtype, self.device = dtype, device
         self.quantization: QuantizationMode = quantization
-        self.names = POLICIES[architecture.family].names
-        self.shapes = _shapes(architecture)
+        self.present = checkpoint.names()
+        base = policy.base + "."
+        self.base = "" if any(name.startswith(base) for name in self.present) else base
+        self.embedding: Tensor | None = None
 
-    def load(self) -> DecoderWeights:
-        # A tied checkpoint may carry the output layer a second time.
-        ignored = (*_IGNORED, *self.names["lm_head"]) if self.architecture.tie_embeddings else _IGNORED
-        check_names(self.checkpoint.names(), self._expected(), ignored)
-        embedding = self._tensor("embedding")
-        return DecoderWeights(
-            embedding=embedding,
-            layers=tuple(self._layer(layer) for layer in range(self.architecture.num_layers)),
-            final_norm=self._tensor("final_norm"),
-            lm_head=self._lm_head(embedding if self.architecture.tie_embeddings else self._tensor("lm_head")),
-        )
+    def load(self) -> ModelWeights:
+        a = self.architecture
+        ignored = list(self.policy.ignored)
+        if a.tie_embeddings and "lm_head.weight" in self.policy.names:
+            # a tied checkpoint may carry the output layer a second time
+            ignored += [self._name(name) for source in self.policy.names["lm_head.weight"] for name in source.names]
+        check_names(self.present, self._expected(), ignored)
+        return assemble(a, self._part)
+
+    def _name(self, name: str) -> str:
+        """As this checkpoint calls it: one of a model without its head leaves out the base."""
+        return name.removeprefix(self.base) if self.base else name
+
+    def _source(self, ours: str) -> Source:
+        names = self.policy.names.get(ours)
+        if names is None:
+            raise CheckpointError(f"the policy of {self.policy.family} has no name for {ours}")
+        named = tuple(Source(tuple(map(self._name, source.names)), source.how) for source in names)
+        return choose(named, self.present)
 
     def _expected(self) -> set[str]:
-        return {
-            name.format(layer=layer)
-            for ours in self.shapes
-            for name in self.names[ours]
-            for layer in range(self.architecture.num_layers)
-        }
+        a = self.architecture
+        expected: set[str] = set()
+        for ours in model_shapes(a):
+            expected |= set(self._source(ours).names)
+        for layer in range(a.num_layers):
+            for ours, shape in layer_shapes(a, layer).items():
+                count = shape[0] if ours.removesuffix(".weight") in EXPERTS else 1
+                for expert in range(count):
+                    expected |= set(self._source(ours).at(layer, expert).names)
+        return expected
 
-    def _layer(self, layer: int) -> LayerWeights:
-        qk_norm = self.architecture.qk_norm
-        return LayerWeights(
-            input_norm=self._tensor("input_norm", layer),
-            qkv=self._linear("qkv", layer),
-            q_norm=self._tensor("q_norm", layer) if qk_norm else None,
-            k_norm=self._tensor("k_norm", layer) if qk_norm else None,
-            output=self._linear("output", layer),
-            mlp_norm=self._tensor("mlp_norm", layer),
-            gate_up=self._linear("gate_up", layer),
-            down=self._linear("down", layer),
-        )
+    def _part(self, name: str, module: str, shapes: Shapes) -> Part:
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else 0
+        if module in _TABLES:
+            table = self._tensor(module, layer, shapes[module])
+            if module == "embedding":
+                self.embedding = table
+            return table
+        if _is_norm(module):
+            return self._norm(module, layer, shapes)
+        if module in EXPERTS:
+            return self._experts(module, layer, shapes)
+        return self._linear(module, layer, shapes)
 
-    def _linear(self, ours: str, layer: int) -> LinearWeight:
-        bias = self._tensor(f"{ours}.bias", layer) if f"{ours}.bias" in self.shapes else None
-        how = _quantization(self.quantization, self.shapes[f"{ours}.weight"][1])
-        integers = None if how is None else self._integers(f"{ours}.weight", layer, how.bits)
+    def _norm(self, module: str, layer: int, shapes: Shapes) -> Norm:
+        shape, offset = shapes[f"{module}.weight"], self.architecture.norm_offset
+        weight = self._tensor(f"{module}.weight", layer, shape, torch.float32 if offset else None)
+        bias = self._tensor(f"{module}.bias", layer, shape) if f"{module}.bias" in shapes else None
+        return Norm(weight + offset if offset else weight, bias)
+
+    def _linear(self, module: str, layer: int, shapes: Shapes) -> LinearWeight:
+        bias_name = f"{module}.bias"
+        bias = self._tensor(bias_name, layer, shapes[bias_name]) if bias_name in shapes else None
+        if module == "lm_head":
+            # A tied embedding stays as it is for lookups, which read a row of it and not all. The integers of a file
+            # would bring scales for each block: an eighth more to read for each token, and no better.
+            tied = self.architecture.tie_embeddings
+            weight = self.embedding if tied else self._tensor("lm_head.weight", layer, shapes["lm_head.weight"])
+            assert weight is not None
+            return LinearWeight(weight, bias, _lm_head_quantization(self.quantization))
+        shape = shapes[f"{module}.weight"]
+        how = _quantization(self.quantization, shape[1]) if module in LINEARS else None
+        integers = None if how is None else self._integers(f"{module}.weight", layer, shape, how.bits)
         if integers is not None:
             return LinearWeight.of_integers(integers, bias, self.dtype)
-        return LinearWeight(self._tensor(f"{ours}.weight", layer), bias, how)
+        return LinearWeight(self._tensor(f"{module}.weight", layer, shape), bias, how)
 
-    def _lm_head(self, weight: Tensor) -> LinearWeight:
-        # A tied embedding stays as it is for lookups, which read a row of it and not all. The integers of a file would
-        # bring scales for each block: an eighth more to read for each token, and no better.
-        return LinearWeight(weight, None, _lm_head_quantization(self.quantization))
+    def _experts(self, module: str, layer: int, shapes: Shapes) -> ExpertWeights:
+        shape = shapes[f"{module}.weight"]
+        source = self._source(f"{module}.weight")
+        if source.how == "stacked":
+            [name] = source.at(layer).names
+            stacked = self.checkpoint.tensor(name)
+            self._check_shape((name,), stacked.shape, shape)
+            each = (self._placed(one) for one in stacked)
+        else:
+            each = (self._built(source.at(layer, expert), shape[1:]) for expert in range(shape[0]))
+        return ExpertWeights(each, _quantization(self.quantization, shape[2]))
 
-    def _integers(self, ours: str, layer: int, bits: int) -> Integers | None:
+    def _integers(self, ours: str, layer: int, shape: tuple[int, ...], bits: int) -> Integers | None:
         """The file's own, where all parts have them, of so many bits and made alike."""
-        names = [name.format(layer=layer) for name in self.names[ours]]
-        parts = [part for name in names if (part := self.checkpoint.integers(name)) is not None]
-        if len(parts) < len(names) or any(part.quantization != parts[0].quantization for part in parts):
+        source = self._source(ours).at(layer)
+        parts = [part for name in source.names if (part := self.checkpoint.integers(name)) is not None]
+        if source.how != "rows" or len(parts) < len(source.names):
+            return None
+        if any(part.quantization != parts[0].quantization for part in parts):
             return None
         if parts[0].bits != bits or any(part.values.shape[1] != parts[0].values.shape[1] for part in parts):
             return None
@@ -192,20 +268,39 @@ class _Loader:
             torch.cat([part.scale for part in parts]).to(self.device),
             torch.cat(offsets).to(self.device) if offsets else None,
         )
-        self._check_shape(names, joined.values.shape, ours)
+        self._check_shape(source.names, joined.values.shape, shape)
         return joined
 
-    def _tensor(self, ours: str, layer: int = 0) -> Tensor:
-        names = [name.format(layer=layer) for name in self.names[ours]]
-        parts = [self.checkpoint.tensor(name).to(device=self.device, dtype=self.dtype) for name in names]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self._check_shape(names, tensor.shape, ours)
-        return tensor.contiguous()
+    def _tensor(self, ours: str, layer: int, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        return self._built(self._source(ours).at(layer), shape, dtype)
 
-    def _check_shape(self, names: Sequence[str], shape: Sequence[int], ours: str) -> None:
-        if tuple(shape) != self.shapes[ours]:
+    def _built(self, source: Source, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """As the source says, in the model's dtype or another."""
+        tensors = [self.checkpoint.tensor(name) for name in source.names]
+        if source.how in ("product", "lifted"):
+            table, projection = (tensor.to(self.device, torch.float32) for tensor in tensors)
+            joined = self._placed(table @ (projection.T if source.how == "product" else projection), dtype)
+        else:
+            placed = [self._placed(tensor, dtype) for tensor in tensors]
+            if source.how == "columns":
+                placed = [tensor.T for tensor in placed]
+            joined = placed[0] if len(placed) == 1 else torch.cat(placed)
+        self._check_shape(source.names, joined.shape, shape)
+        return (self._ungrouped(joined) if source.how == "grouped" else joined).contiguous()
+
+    def _placed(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return tensor.to(device=self.device, dtype=dtype or self.dtype)
+
+    def _ungrouped(self, fused: Tensor) -> Tensor:
+        """Rows by key-value head, its queries, key and value -> all queries, all keys, all values."""
+        a = self.architecture
+        groups = fused.view(a.num_kv_heads, a.num_heads // a.num_kv_heads + 2, a.head_dim, *fused.shape[1:])
+        return torch.cat([part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])])
+
+    def _check_shape(self, names: Sequence[str], shape: Sequence[int], expected: tuple[int, ...]) -> None:
+        if tuple(shape) != expected:
             raise CheckpointError(
-                f"{' + '.join(names)}: rows and columns {list(shape)}, but config.json says {self.shapes[ours]}"
+                f"{' + '.join(names)}: rows and columns {list(shape)}, but config.json says {expected}"
             )
 
 
@@ -227,26 +322,17 @@ def _quantization(mode: QuantizationMode, in_features: int) -> Quantization | No
     return Quantization(8) if mode == "int8" else None
 
 
-def _shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
-    """Our parameters and their shapes; those that the architecture does without are left out."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding": (a.vocab_size, a.hidden_size),
-        "final_norm": (a.hidden_size,),
-        "input_norm": (a.hidden_size,),
-        "qkv.weight": (a.qkv_size, a.hidden_size),
-        "output.weight": (a.hidden_size, a.num_heads * a.head_dim),
-        "mlp_norm": (a.hidden_size,),
-        "gate_up.weight": (2 * a.intermediate_size, a.hidden_size),
-        "down.weight": (a.hidden_size, a.intermediate_size),
-    }
-    if not a.tie_embeddings:
-        shapes["lm_head"] = (a.vocab_size, a.hidden_size)
-    if a.qkv_bias:
-        shapes["qkv.bias"] = (a.qkv_size,)
-    if a.output_bias:
-        shapes["output.bias"] = (a.hidden_size,)
-    if a.mlp_bias:
-        shapes |= {"gate_up.bias": (2 * a.intermediate_size,), "down.bias": (a.hidden_size,)}
-    if a.qk_norm:
-        shapes |= {"q_norm": (a.head_dim,), "k_norm": (a.head_dim,)}
-    return shapes
+def _is_norm(module: str) -> bool:
+    return module not in (*_TABLES, *_PLAIN_LINEARS, *LINEARS, *EXPERTS, "lm_head")
+
+
+def _tied_head(a: Architecture) -> tuple[str, ...]:
+    """The output layer, where no name of a checkpoint stands for it."""
+    return ("lm_head",) if a.lm_head and a.tie_embeddings and not a.lm_head_bias else ()
+
+
+def _parts_of(record: LayerWeights | ModelWeights) -> Iterator[tuple[str, Part]]:
+    for field in fields(record):
+        part = getattr(record, field.name)
+        if part is not None and field.name != "layers":
+            yield field.name, part

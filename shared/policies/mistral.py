@@ -12,10 +12,6 @@ MISTRAL = Policy(
         "sliding_window": 4096,
         "max_position_embeddings": 131_072,
     },
-    qkv_bias=False,
-    output_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
     sliding="always",
     names=LLAMA.names,
 )

@@ -13,10 +13,7 @@ QWEN2 = Policy(
         "sliding_window": 4096,
         "max_window_layers": 28,
     },
-    qkv_bias=True,
-    output_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
+    record={"qkv_bias": True},
     sliding="by_layer",
     names=LLAMA.names,
 )

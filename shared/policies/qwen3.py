@@ -1,7 +1,9 @@
 """Qwen 3: queries and keys are normalised per head, and the head size is free of the hidden size."""
 
+from shared.models.architecture import QkNorm
 from shared.policies.llama import LLAMA
-from shared.policies.policy import Policy
+from shared.policies.names import rows
+from shared.policies.policy import Policy, Setting
 
 QWEN3 = Policy(
     family="qwen3",
@@ -14,14 +16,15 @@ QWEN3 = Policy(
         "sliding_window": 4096,
         "max_window_layers": 28,
     },
-    qkv_bias="attention_bias",
-    output_bias="attention_bias",
-    mlp_bias=False,
-    qk_norm=True,
+    record={
+        "qkv_bias": Setting("attention_bias"),
+        "output_bias": Setting("attention_bias"),
+        "qk_norm": QkNorm("rms", bias=False, per_head=True, shared=True),
+    },
     sliding="by_layer",
     names={
         **LLAMA.names,
-        "q_norm": ("model.layers.{layer}.self_attn.q_norm.weight",),
-        "k_norm": ("model.layers.{layer}.self_attn.k_norm.weight",),
+        "q_norm.weight": rows("model.layers.{layer}.self_attn.q_norm.weight"),
+        "k_norm.weight": rows("model.layers.{layer}.self_attn.k_norm.weight"),
     },
 )
