@@ -200,7 +200,7 @@ class _Loader:
             for ours, shape in layer_shapes(a, layer).items():
                 count = shape[0] if ours.removesuffix(".weight") in EXPERTS else 1
                 for expert in range(count):
-                    expected |= set(self._source(ours).at(layer, expert).names)
+                    expected |= set(self._source(ours).at(layer, expert, self._heads(ours)).names)
         return expected
 
     def _part(self, name: str, module: str, shapes: Shapes) -> Part:
@@ -272,7 +272,11 @@ class _Loader:
         return joined
 
     def _tensor(self, ours: str, layer: int, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        return self._built(self._source(ours).at(layer), shape, dtype)
+        return self._built(self._source(ours).at(layer, heads=self._heads(ours)), shape, dtype)
+
+    def _heads(self, ours: str) -> int:
+        """Of those that a norm of each head is for."""
+        return self.architecture.num_heads if ours.startswith("q_") else self.architecture.num_kv_heads
 
     def _built(self, source: Source, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """As the source says, in the model's dtype or another."""

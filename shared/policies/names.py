@@ -7,7 +7,7 @@
     stacked("experts.gate_up_proj")            [experts, out, in] in one tensor
     either(rows("a"), rows("b"))               the first whose names are all there
 
-`{layer}` and `{expert}` in a name are their numbers.
+`{layer}` and `{expert}` in a name are their numbers; a name with `{head}` stands for those of all heads, in order.
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ class Source:
     names: tuple[str, ...]
     how: How = "rows"
 
-    def at(self, layer: int = 0, expert: int = 0) -> Source:
-        """With its numbers filled in."""
-        return Source(tuple(name.format(layer=layer, expert=expert) for name in self.names), self.how)
+    def at(self, layer: int = 0, expert: int = 0, heads: int = 0) -> Source:
+        """With its numbers filled in; a name of each head becomes those of all of them."""
+        every = [
+            name.format(layer=layer, expert=expert, head=head)
+            for name in self.names
+            for head in range(heads if "{head}" in name else 1)
+        ]
+        return Source(tuple(every), self.how)
 
 
 Names = Mapping[str, tuple[Source, ...]]
@@ -80,6 +85,5 @@ def choose(sources: tuple[Source, ...], present: Collection[str]) -> Source:
 def _is_there(name: str, present: Collection[str]) -> bool:
     if "{" not in name:
         return name in present
-    start, _, rest = name.partition("{layer}")
-    end = rest.partition("{expert}")[2] or rest
+    start, end = name[: name.index("{")], name[name.rindex("}") + 1 :]
     return any(one.startswith(start) and one.endswith(end) for one in present)
