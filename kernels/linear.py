@@ -194,16 +194,20 @@ def linear(x: Tensor, weight: LinearWeight, *, out: Tensor | None = None, own_bi
     if weight._packing == "rows":
         _launch(x, weight, out, own_bits)
         return out
-    failed = library.call(
-        "tandem_linear_pairs" if weight._packing == "pairs" else "tandem_linear",
-        x.data_ptr(), weight.packed.data_ptr(), _address(weight.scale), _address(weight.offset), _address(weight.bias),
-        out.data_ptr(), rows, weight.in_features, weight.out_features, weight.group,
-        _DTYPES[x.dtype], _INTEGERS[weight.quantization.bits] if weight.quantization else _DTYPES[weight.dtype],
-        _DTYPES[weight.dtype], _DTYPES[out.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-    if failed:
+    if c_linear("tandem_linear", x, weight, out):
         raise MemoryError(f"no memory for {rows} rows of {weight.in_features} features")
     return out
+
+
+def c_linear(op: str, x: Tensor, weight: LinearWeight, out: Tensor, *more: int | None) -> int:
+    """Calls the op, of panels or of pairs, with the arguments that each begins with, and those that it has besides."""
+    return library.call(
+        f"{op}_pairs" if weight._packing == "pairs" else op,
+        x.data_ptr(), weight.packed.data_ptr(), _address(weight.scale), _address(weight.offset), _address(weight.bias),
+        out.data_ptr(), len(out), weight.in_features, weight.out_features, weight.group,
+        _DTYPES[x.dtype], _INTEGERS[weight.quantization.bits] if weight.quantization else _DTYPES[weight.dtype],
+        _DTYPES[weight.dtype], _DTYPES[out.dtype], torch.get_num_threads(), *more,
+    )  # fmt: skip
 
 
 def _launch(x: Tensor, weight: LinearWeight, out: Tensor, own_bits: bool) -> None:

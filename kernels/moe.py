@@ -3,7 +3,7 @@
     gating:   score = softmax(logits) or sigmoid(logits);  weights = the k best, perhaps divided by their sum
     routing:  the pairs of each expert, side by side
     linear:   y[pair] = x[row of pair] @ weight[expert of pair].T * weight of pair
-    combine:  out[token] = y[first pair of token] + ... + y[its last pair]
+    combine:  out[token] = y[first pair of token] + ... + y[its last pair] (+ sigmoid(shared_gate) * shared)
 
                                                               (Shazeer et al. 2017, arXiv:1701.06538)
 
@@ -11,14 +11,15 @@ logits   [tokens, experts], float32 or bfloat16
 experts  [tokens, k] int32, and weights [tokens, k] float32, in falling order
 pair     token * k + choice: what one expert computes for one token
 x        [tokens, in_features], or [tokens * k, in_features], a row for each pair
-weight   [experts, out_features, in_features], x's dtype
+weight   [experts, out_features, in_features] of x's dtype, packed once into ExpertWeights, perhaps quantized
 y        [tokens * k, out_features]
+shared   [tokens, out_features]: what an expert answered that every token goes to (Qwen2-MoE, arXiv:2407.10671)
 out      [tokens, out_features]
 
 All contiguous. float32 inside, rounded once by each op. The bits of a token or pair depend on that one alone, for one
 block_rows. An expert's number that there is not computes nothing: its pair's row of y is left undefined, not refused.
 
-On a CPU these ops are their references, in the dtype given: there is no C for them.
+On a CPU (kernels/cpu/moe.c) a pair has the bits that kernels/linear.py gives its row: the same code computes it.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.cpu import library
 from kernels.device import in_triton
+from kernels.experts import ExpertWeights
+from kernels.linear import c_linear
 
 BLOCK_ROWS = 64  # the rows of one instruction on sm_90
 MAX_EXPERTS = 256
 MAX_CHOICES = 8
 
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,10 @@ def top_k_gating(
 
         launch(logits, weights, experts, scoring == "sigmoid", renormalize)
     else:
-        found = top_k_gating_reference(logits.float(), k, renormalize=renormalize, scoring=scoring)
-        weights.copy_(found[0])
-        experts.copy_(found[1])
+        library.call("tandem_top_k_gating",
+            logits.data_ptr(), weights.data_ptr(), experts.data_ptr(), tokens, num_experts, k,
+            _DTYPES[logits.dtype], int(scoring == "sigmoid"), int(renormalize), torch.get_num_threads(),
+        )  # fmt: skip
     return weights, experts
 
 
@@ -129,14 +134,15 @@ def route(experts: Tensor, num_experts: int, block_rows: int = BLOCK_ROWS, *, ou
 
         launch(routing)
     else:
-        found = route_reference(experts, num_experts, block_rows)
-        for name in ("sorted_pairs", "block_experts", "counts", "offsets"):
-            getattr(routing, name).copy_(getattr(found, name))
+        library.call("tandem_route",
+            experts.data_ptr(), rows.data_ptr(), blocks.data_ptr(), counts.data_ptr(), offsets.data_ptr(),
+            experts.numel(), len(blocks) * block_rows, num_experts, block_rows,
+        )  # fmt: skip
     return routing
 
 
 def grouped_linear(
-    x: Tensor, weight: Tensor, routing: Routing, *, pair_weights: Tensor | None = None, out: Tensor | None = None
+    x: Tensor, weight: ExpertWeights, routing: Routing, *, pair_weights: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """Each pair's row of x through its expert's linear layer -> [tokens * k, out_features] of x's dtype, or `out`.
 
@@ -151,17 +157,13 @@ def grouped_linear(
             f"x must be contiguous float32 or bfloat16 [{tokens} or {tokens * k}, in_features], "
             f"got {x.dtype} {list(x.shape)}"
         )
-    if (
-        weight.dtype != x.dtype
-        or weight.dim() != 3
-        or weight.shape[0] != routing.num_experts
-        or weight.shape[2] != x.shape[1]
-        or not weight.is_contiguous()
-    ):
+    if weight.dtype != x.dtype or weight.num_experts != routing.num_experts or weight.in_features != x.shape[1]:
         raise ValueError(
-            f"weight must be contiguous {x.dtype} [{routing.num_experts}, out_features, {x.shape[1]}], "
-            f"got {weight.dtype} {list(weight.shape)}"
+            f"weight must be {x.dtype} [{routing.num_experts}, out_features, {x.shape[1]}], "
+            f"got {weight.dtype} {[weight.num_experts, weight.out_features, weight.in_features]}"
         )
+    if x.device != weight.packed.device:
+        raise ValueError(f"x is on {x.device}, the weight on {weight.packed.device}")
     if pair_weights is not None and (
         pair_weights.dtype != torch.float32 or pair_weights.shape != (tokens, k) or not pair_weights.is_contiguous()
     ):
@@ -169,34 +171,57 @@ def grouped_linear(
             f"pair_weights must be contiguous float32 [{tokens}, {k}], "
             f"got {pair_weights.dtype} {list(pair_weights.shape)}"
         )
-    out = _out("out", out, (tokens * k, weight.shape[1]), (x.dtype, torch.float32), x)
+    out = _out("out", out, (tokens * k, weight.out_features), (x.dtype, torch.float32), x)
     if in_triton("grouped_linear", x):
         from kernels.cuda.moe import grouped_linear as launch
 
-        launch(x, weight, routing, pair_weights, out)
-    else:
-        out.copy_(grouped_linear_reference(x, weight, routing.experts, pair_weights))
+        launch(x, weight.packed, routing, pair_weights, out)
+    elif c_linear(
+        "tandem_grouped_linear", x, weight.expert(0), out,
+        routing.sorted_pairs.data_ptr(), routing.counts.data_ptr(), routing.offsets.data_ptr(), routing.num_experts,
+        len(out) // max(len(x), 1), _address(pair_weights), weight.packed[0].numel() * weight.packed.element_size(),
+    ):  # fmt: skip
+        raise MemoryError(f"no memory for {len(out)} rows of {weight.in_features} features")
     return out
 
 
-def combine(y: Tensor, k: int, *, out: Tensor | None = None) -> Tensor:
+def combine(
+    y: Tensor,
+    k: int,
+    *,
+    shared: Tensor | None = None,
+    shared_gate: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Adds the k rows of each token, in order -> [tokens, width] of y's dtype, or `out`, which may be bfloat16 anyway.
 
     The weights are in y already: `grouped_linear` has a pair's sums in float32 when it multiplies by them, so that
-    costs no rounding, and here is nothing left to read but y.
+    costs no rounding.
+    shared: [tokens, width], float32 or bfloat16, added last, times the sigmoid of shared_gate where there is one.
+    shared_gate: [tokens, 1], float32 or bfloat16, logits.
     Raises ValueError when a tensor breaks the contract.
     """
     if y.dtype not in _DTYPES or y.dim() != 2 or not y.is_contiguous():
         raise ValueError(f"y must be contiguous float32 or bfloat16 [tokens * k, width], got {y.dtype} {list(y.shape)}")
     if not 1 <= k <= MAX_CHOICES or len(y) % k:
         raise ValueError(f"k must be from 1 to {MAX_CHOICES} and divide the {len(y)} rows of y, got {k}")
-    out = _out("out", out, (len(y) // k, y.shape[1]), (y.dtype, torch.bfloat16), y)
+    tokens, width = len(y) // k, y.shape[1]
+    for name, tensor, columns in (("shared", shared, width), ("shared_gate", shared_gate, 1)):
+        if tensor is not None:
+            _out(name, tensor, (tokens, columns), tuple(_DTYPES), y)
+    if shared_gate is not None and shared is None:
+        raise ValueError("shared_gate is of shared, and there is none")
+    out = _out("out", out, (tokens, width), (y.dtype, torch.bfloat16), y)
     if in_triton("combine", y):
         from kernels.cuda.moe import combine as launch
 
-        launch(y, k, out)
+        launch(y, k, shared, shared_gate, out)
     else:
-        out.copy_(combine_reference(y, k))
+        dtypes = (0 if tensor is None else _DTYPES[tensor.dtype] for tensor in (y, shared, shared_gate, out))
+        library.call("tandem_combine",
+            y.data_ptr(), _address(shared), _address(shared_gate), out.data_ptr(), tokens, width, k, *dtypes,
+            torch.get_num_threads(),
+        )  # fmt: skip
     return out
 
 
@@ -236,9 +261,14 @@ def grouped_linear_reference(x: Tensor, weight: Tensor, experts: Tensor, pair_we
     return y if pair_weights is None else y * pair_weights.view(-1, 1).to(x.dtype)
 
 
-def combine_reference(y: Tensor, k: int) -> Tensor:
-    """The sums in plain torch, in the dtype of its input."""
-    return y.unflatten(0, (len(y) // k, k)).sum(1)
+def combine_reference(
+    y: Tensor, k: int, shared: Tensor | None = None, shared_gate: Tensor | None = None
+) -> Tensor:
+    """The sums in plain torch, in the dtype of its inputs."""
+    total = y.unflatten(0, (len(y) // k, k)).sum(1)
+    if shared is None:
+        return total
+    return total + (shared if shared_gate is None else shared_gate.sigmoid() * shared)
 
 
 def _routing_rows(num_pairs: int, num_experts: int, block_rows: int) -> int:
@@ -250,6 +280,10 @@ def _routing_parts(num_pairs: int, num_experts: int, block_rows: int) -> list[in
     """int32 of a Routing's tensors, each begun at a multiple of 16 bytes: kernels are compiled for such addresses."""
     rows = _routing_rows(num_pairs, num_experts, block_rows)
     return [-(-size // 4) * 4 for size in (rows, rows // block_rows, num_experts, num_experts + 1)]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _out(name: str, out: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype], like: Tensor) -> Tensor:

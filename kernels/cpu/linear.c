@@ -215,48 +215,53 @@ static void strip_chunk(const void *argument, int64_t chunk) {
     finish(job, panel, first, rows, total);
 }
 
-/* What of x is computed before the products: its float32 copy, the sums of its blocks, each or NULL. */
-typedef struct {
-    const Linear *linear;
-    const void *x;
-    float *copy, *sums;
-    int64_t rows_of_chunk;
-    int x_dtype;
-} Prepare;
+static int64_t product_chunks(const Linear *job) {
+    return job->rows <= FEW ? job->chunks : job->panels * ((job->rows + STRIP - 1) / STRIP);
+}
 
+static void product_chunk(const void *argument, int64_t chunk) {
+    const Linear *job = argument;
+    if (job->rows <= FEW) few_rows_chunk(job, chunk);
+    else strip_chunk(job, chunk);
+}
+
+static int64_t prepare_chunks(const Linear *job) { return (job->rows + strip_of(job->in) - 1) / strip_of(job->in); }
+
+/* What of x is computed before the products: its float32 copy and the sums of its blocks. */
 static void prepare_chunk(const void *argument, int64_t chunk) {
-    const Prepare *job = argument;
-    const Linear *linear = job->linear;
-    int64_t end = smaller(linear->rows, (chunk + 1) * job->rows_of_chunk);
-    v8 units = linear->w_dtype == INT4 ? v8_load(UNITS) : v8_set1(1.0f);
-    for (int64_t row = chunk * job->rows_of_chunk; row < end; row++) {
-        int64_t first = row * linear->in;
-        if (job->sums) sum_blocks(linear, at(job->x, first, job->x_dtype), job->x_dtype, job->sums + row * linear->blocks);
-        for (int64_t k = 0; job->copy && k < linear->in; k += 8) {
-            int64_t n = smaller(linear->in - k, 8);
-            write8(job->copy, first + k, n, FLOAT32, read8(job->x, first + k, n, job->x_dtype) * units);
+    const Linear *job = argument;
+    int64_t strip = strip_of(job->in), end = smaller(job->rows, (chunk + 1) * strip);
+    v8 units = job->w_dtype == INT4 ? v8_load(UNITS) : v8_set1(1.0f);
+    for (int64_t row = chunk * strip; row < end; row++) {
+        int64_t from = source_row(job, row) * job->in;
+        if (job->sums) sum_blocks(job, at(job->source, from, job->x_dtype), job->x_dtype, job->sums + row * job->blocks);
+        for (int64_t k = 0; job->copy && k < job->in; k += 8) {
+            int64_t n = smaller(job->in - k, 8);
+            write8(job->copy, row * job->in + k, n, FLOAT32, read8(job->source, from + k, n, job->x_dtype) * units);
         }
     }
+}
+
+static int64_t run(Linear *jobs, int64_t count, int64_t threads) {
+    int copied = jobs->x_dtype != FLOAT32 || jobs->w_dtype == INT4 || jobs->pairs;
+    int summed = jobs->offset || jobs->w_dtype == INT4;
+    if (make_room(jobs, count, copied ? sizeof(float) : 0, summed)) return -1;
+    for (int64_t i = 0; i < count; i++) jobs[i].masks = MASKS;
+    cut_panels(jobs, count, threads);
+    if (copied || summed) run_jobs(preparing_threads(jobs, count, threads), jobs, count, prepare_chunks, prepare_chunk);
+    run_jobs(threads, jobs, count, product_chunks, product_chunk);
+    return 0;
 }
 
 /* Arguments as linear_of takes them. Returns 0, or -1 without memory. */
 int64_t tandem_linear(const Arg *a) {
     Linear job = linear_of(a);
-    int64_t threads = linear_threads(a);
-    job.masks = MASKS;
-    Prepare prepare = {.linear = &job, .x = a[0].p, .rows_of_chunk = strip_of(job.in), .x_dtype = (int)a[10].i};
-    if (prepare.x_dtype != FLOAT32 || job.w_dtype == INT4) {
-        job.x = prepare.copy = scratch(SCRATCH_LINEAR, (size_t)(job.rows * job.in) * sizeof(float));
-        if (!prepare.copy) return -1;
-    }
-    if (job.offset || job.w_dtype == INT4) {
-        job.sums = prepare.sums = scratch(SCRATCH_SUMS, (size_t)(job.rows * job.blocks) * sizeof(float));
-        if (!prepare.sums) return -1;
-    }
-    if (prepare.copy || prepare.sums)
-        team_run(threads, (job.rows + prepare.rows_of_chunk - 1) / prepare.rows_of_chunk, prepare_chunk, &prepare);
-    job.chunks = few_rows_chunks(&job, threads);
-    if (job.rows <= FEW) team_run(threads, job.chunks, few_rows_chunk, &job);
-    else team_run(threads, job.panels * ((job.rows + STRIP - 1) / STRIP), strip_chunk, &job);
-    return 0;
+    return job.rows ? run(&job, 1, linear_threads(a)) : 0;
+}
+
+/* Arguments as experts_of takes them. Returns 0, or -1 without memory. */
+int64_t tandem_grouped_linear(const Arg *a) {
+    Linear jobs[MAX_JOBS];
+    int64_t count = experts_of(a, jobs);
+    return count ? run(jobs, count, linear_threads(a)) : 0;
 }

@@ -11,6 +11,8 @@
  *     total = fma(sum over the block of x, offset, total)
  *
  * The sum of x is made once for each row, in LANES lanes.
+ *
+ * A mixture of experts is a job for each expert that has rows: the ops compute a list of jobs, most often of one.
  */
 #ifndef TANDEM_LINEAR_H
 #define TANDEM_LINEAR_H
@@ -27,18 +29,25 @@ enum {
     STRIP = 240,        /* rows of a chunk, where there are more than a few */
     WORD = 8,           /* input features of a word of INT4 */
     AHEAD_BYTES = 6144, /* how far ahead of its use a weight is fetched */
+    MAX_JOBS = 256,     /* of an op: its experts */
 };
 
 typedef struct {
-    const void *x, *w; /* x as the op has prepared it */
+    const void *source; /* x as the op was given it: rows of `width` features, */
+    const void *x;      /* and as it is multiplied: `copy`, or if that is NULL the source itself */
+    void *copy;
+    float *sums; /* of x: [rows][blocks], or NULL */
+    const void *w;
     const float *scale, *offset; /* [panels][groups][WIDTH], or NULL */
-    const float *sums;           /* of x: [rows][blocks], or NULL */
     const void *bias;
     void *y;
-    int64_t rows, in, out, panels;
+    const int32_t *pairs; /* where the rows go in y, and pair / choices comes from in source; NULL = in order */
+    int64_t choices;
+    const float *factors; /* of the rows of y, before they are rounded, or NULL */
+    int64_t rows, width, in, out, panels;
     int64_t group, groups, blocks; /* input features of a group; groups and blocks of a row */
     int64_t chunks; /* of panels, with few rows */
-    int w_dtype, bias_dtype, y_dtype;
+    int x_dtype, w_dtype, bias_dtype, y_dtype;
     const uint32_t (*masks)[16]; /* of INT4 words, as if they were not known */
 } Linear;
 
@@ -60,9 +69,9 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
  * (without a scale: in); dtypes of x, w, bias and y; threads. */
 INLINE Linear linear_of(const Arg *a) {
     Linear job = {
-        .x = a[0].p, .w = a[1].p, .scale = a[2].p, .offset = a[3].p, .bias = a[4].p, .y = a[5].p,
-        .rows = a[6].i, .in = a[7].i, .out = a[8].i, .group = a[9].i,
-        .w_dtype = (int)a[11].i, .bias_dtype = (int)a[12].i, .y_dtype = (int)a[13].i,
+        .source = a[0].p, .w = a[1].p, .scale = a[2].p, .offset = a[3].p, .bias = a[4].p, .y = a[5].p,
+        .rows = a[6].i, .width = a[7].i, .in = a[7].i, .out = a[8].i, .group = a[9].i,
+        .x_dtype = (int)a[10].i, .w_dtype = (int)a[11].i, .bias_dtype = (int)a[12].i, .y_dtype = (int)a[13].i,
     };
     job.panels = (job.out + WIDTH - 1) / WIDTH;
     job.groups = job.in / job.group;
@@ -72,10 +81,84 @@ INLINE Linear linear_of(const Arg *a) {
 
 INLINE int64_t linear_threads(const Arg *a) { return a[6].i * a[7].i * a[8].i < 65536 ? 1 : a[14].i; }
 
+/* The jobs of a mixture of experts, and how many there are. After linear_of's arguments, whose rows are those of y and whose
+ * weight is of all experts: the pairs of experts, how many each has and where they begin; experts; rows of y for each of x;
+ * what rows of y are multiplied by, or NULL; bytes of an expert's weight. */
+INLINE int64_t experts_of(const Arg *a, Linear *jobs) {
+    const int32_t *pairs = a[15].p, *counts = a[16].p, *starts = a[17].p;
+    int64_t count = 0;
+    for (int64_t expert = 0; expert < a[18].i; expert++) {
+        if (!counts[expert]) continue;
+        Linear *job = &jobs[count++];
+        *job = linear_of(a);
+        int64_t scales = expert * job->panels * job->groups * WIDTH;
+        job->w = (const char *)job->w + expert * a[21].i;
+        if (job->scale) job->scale += scales;
+        if (job->offset) job->offset += scales;
+        job->rows = counts[expert], job->pairs = pairs + starts[expert], job->choices = a[19].i, job->factors = a[20].p;
+    }
+    return count;
+}
+
+INLINE int64_t source_row(const Linear *job, int64_t row) { return job->pairs ? job->pairs[row] / job->choices : row; }
+
+/* Memory for what is made of x: a copy whose features are of `size` bytes, 0 = none, and sums. The jobs are of one kind.
+ * Returns 0, or -1 without memory. */
+INLINE int make_room(Linear *jobs, int64_t count, size_t size, int with_sums) {
+    size_t rows = 0;
+    for (int64_t i = 0; i < count; i++) rows += (size_t)jobs[i].rows;
+    char *copy = size ? scratch(SCRATCH_LINEAR, rows * (size_t)jobs->in * size) : NULL;
+    float *sums = with_sums ? scratch(SCRATCH_SUMS, rows * (size_t)jobs->blocks * sizeof *sums) : NULL;
+    if ((size && !copy) || (with_sums && !sums)) return -1;
+    for (Linear *job = jobs; job < jobs + count; job++) {
+        job->x = job->copy = copy, job->sums = sums;
+        if (!copy) job->x = job->source;
+        else copy += (size_t)(job->rows * job->in) * size;
+        if (sums) sums += job->rows * job->blocks;
+    }
+    return 0;
+}
+
+/* For what is made of x before the products: a helper is not woken for less than it can do meanwhile. */
+INLINE int64_t preparing_threads(const Linear *jobs, int64_t count, int64_t threads) {
+    int64_t features = 0;
+    for (int64_t i = 0; i < count; i++) features += jobs[i].rows * jobs[i].in;
+    return smaller(threads, 1 + features / 16384);
+}
+
 /* Panels of a chunk follow each other in memory, and what is fetched ahead of one is the next: measured, a step of one row
  * takes 0.6 to 0.9 of what it does with a chunk for each panel. A few chunks for each thread let the faster one do more. */
-INLINE int64_t few_rows_chunks(const Linear *job, int64_t threads) { return smaller(job->panels, 3 * threads); }
+INLINE void cut_panels(Linear *jobs, int64_t count, int64_t threads) {
+    int64_t each = 3 * threads / count;
+    for (int64_t i = 0; i < count; i++) jobs[i].chunks = smaller(jobs[i].panels, each > 3 ? each : 3);
+}
+
 INLINE int64_t first_panel(const Linear *job, int64_t chunk) { return chunk * job->panels / job->chunks; }
+
+typedef struct {
+    const Linear *jobs;
+    const int64_t *ends; /* of the jobs' chunks */
+    Chunk run;
+} Jobs;
+
+static void chunk_of_jobs(const void *argument, int64_t chunk) {
+    const Jobs *all = argument;
+    int64_t job = 0;
+    while (chunk >= all->ends[job]) job++;
+    all->run(&all->jobs[job], job ? chunk - all->ends[job - 1] : chunk);
+}
+
+/* Runs the chunks of every job, of which it has as many as `chunks` says. */
+INLINE void run_jobs(int64_t threads, const Linear *jobs, int64_t count, int64_t (*chunks)(const Linear *), Chunk run) {
+    if (count == 1) {
+        team_run(threads, chunks(jobs), run, jobs);
+        return;
+    }
+    int64_t ends[MAX_JOBS], end = 0;
+    for (int64_t i = 0; i < count; i++) ends[i] = end += chunks(&jobs[i]);
+    Jobs all = {jobs, ends, run};
+    team_run(threads, end, chunk_of_jobs, &all);
+}
 
 /* Moves to the block after this one, from {0} to the first. 0 behind the last. */
 INLINE int next_block(const Linear *job, Block *block) {
@@ -113,13 +196,16 @@ INLINE void add_sum(float *total, vf sum, const Fold *fold, int64_t r, int64_t c
 /* Totals of rows from `first_row` and a panel to y. */
 INLINE void finish(const Linear *job, int64_t panel, int64_t first_row, int64_t rows, const float *total) {
     int64_t first = panel * WIDTH, count = smaller(job->out - first, WIDTH);
-    for (int64_t r = 0; r < rows; r++)
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t row = job->pairs ? job->pairs[first_row + r] : first_row + r;
         for (int64_t i = 0; i < count; i += 8) {
             int64_t n = smaller(count - i, 8);
             v8 sum = v8_load(total + r * WIDTH + i);
             if (job->bias) sum += read8(job->bias, first + i, n, job->bias_dtype);
-            write8(job->y, (first_row + r) * job->out + first + i, n, job->y_dtype, sum);
+            if (job->factors) sum *= job->factors[row];
+            write8(job->y, row * job->out + first + i, n, job->y_dtype, sum);
         }
+    }
 }
 
 /* The sums of a row's blocks. x: the row. */

@@ -200,80 +200,89 @@ static void strip_chunk(const void *argument, int64_t chunk) {
         for (int64_t panel = first_panel(job, chunk); panel < first_panel(job, chunk + 1); panel++) strip_panel(job, 0, panel);
 }
 
-/* What of x is computed before the products: its copy, pairs of rows or of tiles, and the sums of its blocks, each or NULL. */
-typedef struct {
-    const Linear *linear; /* whose `in` is even: that of x and one feature more, if need be */
-    const uint16_t *x;
-    int64_t in; /* of x */
-    int32_t *copy;
-    float *sums;
-} Prepare;
-
-static void sum_row(const Prepare *job, int64_t row) {
-    Linear linear = *job->linear;
-    linear.in = job->in, linear.group = linear.groups == 1 ? job->in : linear.group;
-    sum_blocks(&linear, job->x + row * job->in, BFLOAT16, job->sums + row * linear.blocks);
+static int64_t product_chunks(const Linear *job) {
+    int64_t strips = (job->rows + STRIP - 1) / STRIP;
+    return strips > 1 ? job->panels * strips : job->chunks;
 }
 
-/* Pair k of row r goes to copy[r * row_stride + k * pair_stride]. */
-INLINE void copy_pairs(const Prepare *job, int64_t first, int64_t rows, int64_t row_stride, int64_t pair_stride) {
-    int64_t pairs = job->in / 2;
-    const uint16_t *x = job->x + first * job->in;
-    int32_t *to = job->copy + first * (job->linear->in / 2);
+static void product_chunk(const void *argument, int64_t chunk) {
+    const Linear *job = argument;
+    if (job->rows <= FEW) few_rows_chunk(job, chunk);
+    else strip_chunk(job, chunk);
+}
+
+/* The blocks of a row as it was given: without the feature that makes their number even. */
+static void sum_row(const Linear *job, int64_t row) {
+    Linear given = *job;
+    given.in = job->width, given.group = job->groups == 1 ? job->width : job->group;
+    const uint16_t *x = (const uint16_t *)job->source + source_row(job, row) * job->width;
+    sum_blocks(&given, x, BFLOAT16, job->sums + row * job->blocks);
+}
+
+/* Pair k of row first + r goes to to[r * row_stride + k * pair_stride], `to` being where the first of them goes. */
+INLINE void copy_pairs(const Linear *job, int64_t first, int64_t rows, int64_t row_stride, int64_t pair_stride) {
+    int64_t pairs = job->width / 2;
+    int32_t *to = (int32_t *)job->copy + first * (job->in / 2);
+    const uint16_t *x[TILE_ROWS];
+    for (int64_t r = 0; r < rows; r++) x[r] = (const uint16_t *)job->source + source_row(job, first + r) * job->width;
     for (int64_t k = 0; k < pairs; k++)
-        for (int64_t r = 0; r < rows; r++)
-            memcpy(to + r * row_stride + k * pair_stride, x + r * job->in + 2 * k, sizeof *to);
-    for (int64_t r = 0; job->in % 2 && r < rows; r++)
-        to[r * row_stride + pairs * pair_stride] = x[r * job->in + 2 * pairs]; /* and 0 */
+        for (int64_t r = 0; r < rows; r++) memcpy(to + r * row_stride + k * pair_stride, x[r] + 2 * k, sizeof *to);
+    for (int64_t r = 0; job->width % 2 && r < rows; r++) to[r * row_stride + pairs * pair_stride] = x[r][2 * pairs]; /* and 0 */
 }
 
-static void prepare_few_rows(const Prepare *job) {
-    int64_t rows = job->linear->rows;
-    if (job->copy) copy_pairs(job, 0, rows, job->linear->in / 2, 1);
-    for (int64_t row = 0; job->sums && row < rows; row++) sum_row(job, row);
+static int64_t prepare_chunks(const Linear *job) {
+    return job->rows <= FEW ? 1 : (job->rows + STRIP - 1) / STRIP * TILES;
 }
 
-static void prepare_tile(const void *argument, int64_t index) {
-    const Prepare *job = argument;
-    Strip strip = strip_at(job->linear, index / TILES);
-    if (index % TILES >= strip.count) return;
-    int64_t first = strip.first + tile_start(&strip, index % TILES);
-    int64_t rows = strip.first + tile_start(&strip, index % TILES + 1) - first;
-    if (rows == TILE_ROWS) copy_pairs(job, first, TILE_ROWS, 1, TILE_ROWS);
-    else copy_pairs(job, first, rows, 1, rows);
+/* What of x is computed before the products: its copy, pairs of rows or of tiles, and the sums of its blocks. */
+static void prepare_chunk(const void *argument, int64_t chunk) {
+    const Linear *job = argument;
+    int64_t first = 0, rows = job->rows;
+    if (rows > FEW) {
+        Strip strip = strip_at(job, chunk / TILES);
+        if (chunk % TILES >= strip.count) return;
+        first = strip.first + tile_start(&strip, chunk % TILES);
+        rows = strip.first + tile_start(&strip, chunk % TILES + 1) - first;
+        if (rows == TILE_ROWS) copy_pairs(job, first, TILE_ROWS, 1, TILE_ROWS);
+        else copy_pairs(job, first, rows, 1, rows);
+    } else if (job->copy) {
+        copy_pairs(job, 0, rows, job->in / 2, 1);
+    }
     for (int64_t r = 0; job->sums && r < rows; r++) sum_row(job, first + r);
+}
+
+static int64_t run(Linear *jobs, int64_t count, int64_t threads) {
+    int copied = jobs->width % 2 || jobs->pairs, summed = jobs->offset != NULL;
+    for (Linear *job = jobs; job < jobs + count; job++) {
+        copied |= job->rows > FEW;
+        if (!(job->width % 2)) continue;
+        job->in = job->width + 1;
+        if (job->groups == 1) job->group = job->in;
+    }
+    if (make_room(jobs, count, copied ? sizeof(uint16_t) : 0, summed)) return -1;
+    cut_panels(jobs, count, threads);
+    if (copied || summed) run_jobs(preparing_threads(jobs, count, threads), jobs, count, prepare_chunks, prepare_chunk);
+    run_jobs(threads, jobs, count, product_chunks, product_chunk);
+    return 0;
 }
 
 /* Arguments as linear_of takes them; x is bfloat16, w of pairs. Returns 0, or -1 without memory. */
 int64_t tandem_linear_pairs(const Arg *a) {
     Linear job = linear_of(a);
-    Prepare prepare = {.linear = &job, .x = a[0].p, .in = job.in};
-    int64_t threads = linear_threads(a), strips = (job.rows + STRIP - 1) / STRIP;
-    if (job.in % 2) {
-        job.group = job.groups == 1 ? job.in + 1 : job.group;
-        job.in += 1;
-    }
-    if (job.rows > FEW || job.in != prepare.in) {
-        job.x = prepare.copy = scratch(SCRATCH_LINEAR, (size_t)(job.rows * job.in) * sizeof(uint16_t));
-        if (!prepare.copy) return -1;
-    }
-    if (job.offset) {
-        job.sums = prepare.sums = scratch(SCRATCH_SUMS, (size_t)(job.rows * job.blocks) * sizeof(float));
-        if (!prepare.sums) return -1;
-    }
-    job.chunks = strips > 1 ? job.panels * strips : few_rows_chunks(&job, threads);
-    if (job.rows <= FEW) {
-        prepare_few_rows(&prepare);
-        team_run(threads, job.chunks, few_rows_chunk, &job);
-    } else {
-        team_run(threads, strips * TILES, prepare_tile, &prepare);
-        team_run(threads, job.chunks, strip_chunk, &job);
-    }
-    return 0;
+    return job.rows ? run(&job, 1, linear_threads(a)) : 0;
+}
+
+/* Arguments as experts_of takes them; x is bfloat16, w of pairs. Returns 0, or -1 without memory. */
+int64_t tandem_grouped_linear_pairs(const Arg *a) {
+    Linear jobs[MAX_JOBS];
+    int64_t count = experts_of(a, jobs);
+    return count ? run(jobs, count, linear_threads(a)) : 0;
 }
 
 #else
 
 int64_t tandem_linear_pairs(const Arg *a) { return (void)a, -1; }
+
+int64_t tandem_grouped_linear_pairs(const Arg *a) { return (void)a, -1; }
 
 #endif

@@ -160,7 +160,17 @@ def _grouped_linear(
 
 
 @triton.jit
-def _combine(y, out, width, CHOICES: tl.constexpr, WIDTH: tl.constexpr):
+def _combine(
+    y,
+    shared,
+    shared_gate,
+    out,
+    width,
+    CHOICES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHARED: tl.constexpr,
+    GATED: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     within = column < width
@@ -168,6 +178,11 @@ def _combine(y, out, width, CHOICES: tl.constexpr, WIDTH: tl.constexpr):
     total = tl.load(first, within, other=0.0).to(tl.float32)
     for choice in tl.static_range(1, CHOICES):  # pyright: ignore[reportGeneralTypeIssues]
         total += tl.load(first + choice * width, within, other=0.0).to(tl.float32)
+    if SHARED:
+        added = tl.load(shared + token * width + column, within, other=0.0).to(tl.float32)
+        if GATED:
+            added *= 1.0 / (1.0 + tl.exp(-tl.load(shared_gate + token).to(tl.float32)))
+        total += added
     tl.store(out + token * width + column, narrow(total, out.dtype.element_ty), within)
 
 
@@ -198,10 +213,11 @@ def grouped_linear(x: Tensor, weight: Tensor, routing: Routing, pair_weights: Te
     launch(_grouped_linear, grid, *arguments, **constants, num_stages=num_stages)
 
 
-def combine(y: Tensor, k: int, out: Tensor) -> None:
+def combine(y: Tensor, k: int, shared: Tensor | None, shared_gate: Tensor | None, out: Tensor) -> None:
     """k rows of y for each of out."""
     tokens, width = out.shape
-    launch(_combine, (tokens, triton.cdiv(width, _WIDTH)), y, out, width, CHOICES=k, WIDTH=_WIDTH)
+    constants = _sums_constants(k, shared is not None, shared_gate is not None)
+    launch(_combine, (tokens, triton.cdiv(width, _WIDTH)), y, shared, shared_gate, out, width, **constants)
 
 
 def variants(capability: int) -> list[Variant]:
@@ -217,7 +233,7 @@ def variants(capability: int) -> list[Variant]:
             found += [
                 _linear(f"{name} first", dtype, hidden, 2 * intermediate, choices, False),
                 _linear(f"{name} second", dtype, intermediate, hidden, 1, True),
-                _sums(dtype, choices),
+                _sums(dtype, choices, name == "qwen"),
             ]
     return found
 
@@ -276,12 +292,12 @@ def _linear(name: str, dtype: str, in_features: int, out_features: int, choices:
     )
 
 
-def _sums(dtype: str, choices: int) -> Variant:
+def _sums(dtype: str, choices: int, shared: bool) -> Variant:
     return Variant(
-        name=f"moe combine {dtype} {choices}",
+        name=f"moe combine {dtype} {choices}{' shared' * shared}",
         kernel=_combine,
-        arguments={"y": f"*{dtype}", "out": f"*{dtype}", "width": "i32"},
-        constants={"CHOICES": choices, "WIDTH": _WIDTH},
+        arguments={**dict.fromkeys(("y", "shared", "shared_gate", "out"), f"*{dtype}"), "width": "i32"},
+        constants=_sums_constants(choices, shared, shared),
         aligned=("width",),
     )
 
@@ -298,6 +314,10 @@ def _gating_constants(num_experts: int, choices: int, sigmoid: bool, renormalize
 
 def _place_constants(num_experts: int, block_rows: int) -> dict[str, int]:
     return {"EXPERTS": triton.next_power_of_2(num_experts), "BLOCK_ROWS": block_rows, "PAIRS": _PAIRS}
+
+
+def _sums_constants(choices: int, shared: bool, gated: bool) -> dict[str, int | bool]:
+    return {"CHOICES": choices, "WIDTH": _WIDTH, "SHARED": shared, "GATED": gated}
 
 
 def _linear_constants(dtype: str, out_features: int, block_rows: int) -> tuple[dict[str, int], int]:

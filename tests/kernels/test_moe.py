@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.experts import ExpertWeights
 from kernels.moe import (
     BLOCK_ROWS,
     Routing,
@@ -37,19 +38,15 @@ CASES = pytest.mark.parametrize(
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
 
 
-@pytest.fixture(params=["triton, interpreted", pytest.param("triton", marks=pytest.mark.gpu)])
-def in_triton(request: pytest.FixtureRequest) -> str:
-    """The device of tensors that the Triton kernels compute: torch's own products know how many rows there are."""
-    if request.param == "triton":
-        return "cuda"
-    request.getfixturevalue("interpreter")
-    return "cpu"
-
-
 def random_experts(tokens: int, num_experts: int, k: int) -> Tensor:
     """k different ones for each token."""
     torch.manual_seed(tokens * num_experts + k)
     return torch.rand(tokens, num_experts).argsort(1)[:, :k].int().contiguous()
+
+
+def packed(weight: Tensor) -> ExpertWeights:
+    """[experts, out, in] for the ops."""
+    return ExpertWeights(weight, len(weight))
 
 
 def poisoned(experts: Tensor, num_experts: int, block_rows: int = BLOCK_ROWS) -> Tensor:
@@ -189,12 +186,13 @@ def test_linear_matches_the_reference(
     for rows, weights in ((tokens, None), (tokens * k, pair_weights)):
         x = torch.randn(rows, inputs).to(on, dtype)
         out = torch.full((tokens * k, outputs), torch.nan, dtype=dtype, device=on)
-        assert grouped_linear(x, weight, routing, pair_weights=weights, out=out) is out
+        assert grouped_linear(x, packed(weight), routing, pair_weights=weights, out=out) is out
         expected = grouped_linear_reference(
             x.double(), weight.double(), experts, None if weights is None else weights.double()
         )
         torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-        wide = grouped_linear(x, weight, routing, pair_weights=weights, out=out.float().fill_(torch.nan))
+        wide = out.float().fill_(torch.nan)
+        grouped_linear(x, packed(weight), routing, pair_weights=weights, out=wide)
         torch.testing.assert_close(wide.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
@@ -206,7 +204,7 @@ def test_linear_of_uneven_experts(on: str, case: str, block_rows: int) -> None:
     experts = experts.to(on)
     x, weight = torch.randn(70, 20).to(on), torch.randn(4, 24, 20).to(on)
     out = torch.full((140, 24), torch.nan, device=on)
-    grouped_linear(x, weight, route(experts, 4, block_rows), out=out)
+    grouped_linear(x, packed(weight), route(experts, 4, block_rows), out=out)
     expected = grouped_linear_reference(x.double(), weight.double(), experts)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
 
@@ -232,11 +230,33 @@ def test_combine_adds_the_rows_of_a_token(on: str, tokens: int, k: int, width: i
     )
 
 
-def test_combine_rounds_once(in_triton: str) -> None:
-    y = torch.randn(2 * 3, 50, device=in_triton)
+@DTYPES
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("tokens", "k", "width"), [(1, 8, 33), (3, 1, 7), (17, 4, 1025)])
+def test_combine_adds_the_expert_that_all_share(
+    on: str, tokens: int, k: int, width: int, gated: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(tokens * width)
+    y, shared, logits = (torch.randn(rows, n) for rows, n in ((tokens * k, width), (tokens, width), (tokens, 1)))
+    y, shared = y.to(on), shared.to(on, dtype)
+    gate = (5 * logits).to(on, dtype) if gated else None
+    out = torch.full((tokens, width), torch.nan, dtype=torch.bfloat16, device=on)
+    assert combine(y, k, shared=shared, shared_gate=gate, out=out) is out
+    expected = combine_reference(y.double(), k, shared.double(), None if gate is None else gate.double())
+    torch.testing.assert_close(out.double(), expected, atol=8e-3, rtol=8e-3)
+    wide = combine(y, k, shared=shared, shared_gate=gate)
+    torch.testing.assert_close(wide.double(), expected, atol=1e-5, rtol=1e-5)
+    last = slice(tokens - 1, tokens)
+    alone = combine(y[-k:], k, shared=shared[last], shared_gate=None if gate is None else gate[last])
+    assert torch.equal(alone, wide[last])
+
+
+def test_combine_rounds_once(on: str) -> None:
+    y, shared = torch.randn(2 * 3, 50, device=on), torch.randn(2, 50, device=on)
     expected = (y[0::3] + y[1::3]) + y[2::3]
     assert torch.equal(combine(y, 3), expected)
-    assert torch.equal(combine(y, 3, out=torch.empty(2, 50, device=in_triton).bfloat16()), expected.bfloat16())
+    assert torch.equal(combine(y, 3, shared=shared), expected + shared)
+    assert torch.equal(combine(y, 3, out=torch.empty(2, 50, device=on).bfloat16()), expected.bfloat16())
     narrow = y.bfloat16()
     wide = combine(narrow.float(), 3)
     assert torch.equal(combine(narrow, 3), wide.bfloat16())
@@ -246,17 +266,17 @@ def layer(x: Tensor, logits: Tensor, first: Tensor, second: Tensor, k: int) -> T
     """Two linears of experts, with nothing between them that is not tested here."""
     weights, experts = top_k_gating(logits, k, renormalize=True)
     routing = route(experts, len(first), out=poisoned(experts, len(first)))
-    hidden = grouped_linear(x, first, routing)
-    return combine(grouped_linear(hidden, second, routing, pair_weights=weights), k)
+    hidden = grouped_linear(x, packed(first), routing)
+    return combine(grouped_linear(hidden, packed(second), routing, pair_weights=weights), k)
 
 
 @DTYPES
 @pytest.mark.parametrize(("num_experts", "k"), [(4, 2), pytest.param(60, 8, marks=pytest.mark.slow)])
-def test_a_token_keeps_its_bits_among_others(in_triton: str, num_experts: int, k: int, dtype: torch.dtype) -> None:
+def test_a_token_keeps_its_bits_among_others(on: str, num_experts: int, k: int, dtype: torch.dtype) -> None:
     torch.manual_seed(k)
-    x, logits = torch.randn(130, 48).to(in_triton, dtype), torch.randn(130, num_experts).to(in_triton, dtype)
-    first = torch.randn(num_experts, 40, 48).to(in_triton, dtype)
-    second = torch.randn(num_experts, 70, 40).to(in_triton, dtype)
+    x, logits = torch.randn(130, 48).to(on, dtype), torch.randn(130, num_experts).to(on, dtype)
+    first = torch.randn(num_experts, 40, 48).to(on, dtype)
+    second = torch.randn(num_experts, 70, 40).to(on, dtype)
     whole = layer(x, logits, first, second, k)
     assert whole.isfinite().all()
     for rows in (1, 2, 17):
@@ -267,8 +287,8 @@ def test_a_token_keeps_its_bits_among_others(in_triton: str, num_experts: int, k
 
 
 @pytest.mark.parametrize("num_experts", [8, 256])
-def test_gating_of_a_token_keeps_its_bits_among_others(in_triton: str, num_experts: int) -> None:
-    logits = torch.randn(10, num_experts, device=in_triton)
+def test_gating_of_a_token_keeps_its_bits_among_others(on: str, num_experts: int) -> None:
+    logits = torch.randn(10, num_experts, device=on)
     weights, experts = top_k_gating(logits, 8, renormalize=False)
     for rows in (1, 3):
         found = top_k_gating(logits[-rows:], 8, renormalize=False)
@@ -281,28 +301,36 @@ def test_no_tokens_are_no_work(on: str) -> None:
     assert weights.shape == experts.shape == (0, 2)
     routing = route(experts, 8, out=poisoned(experts, 8))
     assert routing.offsets.tolist() == [0] * 9
-    y = grouped_linear(torch.empty(0, 16, device=on), torch.empty(8, 24, 16, device=on), routing)
+    y = grouped_linear(torch.empty(0, 16, device=on), packed(torch.zeros(8, 24, 16, device=on)), routing)
     assert y.shape == (0, 24)
     assert combine(y, 2).shape == (0, 24)
 
 
-@DTYPES
-def test_on_a_cpu_the_ops_are_their_references(dtype: torch.dtype) -> None:
-    logits, x, weight = torch.randn(9, 8).to(dtype), torch.randn(9, 16).to(dtype), torch.randn(8, 24, 16).to(dtype)
-    weights, experts = top_k_gating(logits, 2, renormalize=True)
-    expected = top_k_gating_reference(logits.float(), 2, renormalize=True)
-    assert torch.equal(weights, expected[0])
-    assert torch.equal(experts, expected[1])
-    y = grouped_linear(x, weight, route(experts, 8), pair_weights=weights)
-    assert torch.equal(y, grouped_linear_reference(x, weight, experts, weights))
-    assert torch.equal(combine(y, 2), combine_reference(y, 2))
+@pytest.mark.parametrize("renormalize", [False, True], ids=["Qwen2-MoE", "Mixtral"])
+def test_weights_are_the_best_probabilities_of_all_experts(on: str, renormalize: bool) -> None:
+    """As both models compute them: softmax, then the best, which Mixtral divides by their sum."""
+    logits = torch.randn(7, 60, device=on)
+    expected, experts = logits.double().softmax(-1).topk(4)
+    if renormalize:
+        expected /= expected.sum(-1, keepdim=True)
+    found = top_k_gating(logits, 4, renormalize=renormalize)
+    assert torch.equal(found[1], experts.int())
+    torch.testing.assert_close(found[0].double(), expected, atol=1e-7, rtol=1e-5)
+
+
+def test_an_expert_that_is_masked_comes_last_and_weighs_nothing(on: str) -> None:
+    logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf]], device=on)
+    weights, experts = top_k_gating(logits, 4, renormalize=False)
+    assert experts.tolist() == [[2, 0, 1, 3]]
+    assert weights[0, 2:].tolist() == [0, 0]
+    torch.testing.assert_close(weights[0, :2], torch.tensor([1.0, 0], device=on).softmax(-1))
 
 
 @pytest.mark.slow
 def test_linear_of_qwens_widths(on: str) -> None:
     experts = random_experts(3, 6, 4).to(on)
     x, weight = torch.randn(3, 2048).to(on).bfloat16(), (torch.randn(6, 2816, 2048) / 45).to(on).bfloat16()
-    y = grouped_linear(x, weight, route(experts, 6))
+    y = grouped_linear(x, packed(weight), route(experts, 6))
     torch.testing.assert_close(
         y.double(), grouped_linear_reference(x.double(), weight.double(), experts), atol=1e-2, rtol=1e-2
     )
@@ -319,14 +347,15 @@ def test_linear_of_real_shapes(num_experts: int, k: int, inputs: int, outputs: i
     weight = (torch.randn(num_experts, outputs, inputs, device="cuda") / inputs**0.5).to(dtype)
     x = torch.randn(300, inputs, device="cuda").to(dtype)
     experts = random_experts(300, num_experts, k).cuda()
-    y = grouped_linear(x, weight, route(experts, num_experts))
+    experts_weight = packed(weight)
+    y = grouped_linear(x, experts_weight, route(experts, num_experts))
     for expert in range(num_experts):  # a float64 copy of one expert at a time
         pairs = (experts.flatten() == expert).nonzero().flatten()
         expected = x[pairs // k].double() @ weight[expert].double().T
         tolerance = 5e-5 if dtype == torch.float32 else TOLERANCE[dtype]  # of up to 14336 products
         torch.testing.assert_close(y[pairs].double(), expected, atol=tolerance, rtol=tolerance)
     for rows in (1, 8, 65):
-        alone = grouped_linear(x[:rows], weight, route(experts[:rows], num_experts))
+        alone = grouped_linear(x[:rows], experts_weight, route(experts[:rows], num_experts))
         assert torch.equal(alone, y[: rows * k])
 
 
@@ -334,7 +363,7 @@ def test_linear_of_real_shapes(num_experts: int, k: int, inputs: int, outputs: i
 def test_a_graph_routes_again() -> None:
     num_experts, k = 8, 2
     logits, x = torch.randn(20, num_experts, device="cuda"), torch.randn(20, 64, device="cuda").bfloat16()
-    weight = torch.randn(num_experts, 96, 64, device="cuda").bfloat16()
+    weight = packed(torch.randn(num_experts, 96, 64, device="cuda").bfloat16())
 
     def run() -> Tensor:
         weights, experts = top_k_gating(logits, k, renormalize=True)
@@ -380,15 +409,16 @@ def test_broken_contracts_are_refused() -> None:
     with pytest.raises(ValueError, match="out must be"):
         route(experts, 8, out=torch.empty(8, dtype=torch.int32))
 
-    routing, x, weight = route(experts, 8), torch.randn(4, 16), torch.randn(8, 24, 16)
+    routing, x, plain = route(experts, 8), torch.randn(4, 16), torch.randn(8, 24, 16)
+    weight = packed(plain)
     with pytest.raises(ValueError, match="x must be contiguous float32 or bfloat16 \\[4 or 8, in_features\\]"):
         grouped_linear(x[:3], weight, routing)
     with pytest.raises(ValueError, match="weight must be"):
-        grouped_linear(x, weight.bfloat16(), routing)
+        grouped_linear(x, packed(plain.bfloat16()), routing)
     with pytest.raises(ValueError, match="weight must be"):
-        grouped_linear(x, weight[:7], routing)
+        grouped_linear(x, packed(plain[:7]), routing)
     with pytest.raises(ValueError, match="weight must be"):
-        grouped_linear(x, weight.transpose(1, 2).contiguous(), routing)
+        grouped_linear(x, packed(plain.transpose(1, 2)), routing)
     with pytest.raises(ValueError, match="pair_weights must be"):
         grouped_linear(x, weight, routing, pair_weights=torch.ones(8))
     with pytest.raises(ValueError, match="out must be"):
@@ -403,3 +433,9 @@ def test_broken_contracts_are_refused() -> None:
         combine(y, 3)
     with pytest.raises(ValueError, match="out must be"):
         combine(y, 2, out=torch.empty(8, 24))
+    with pytest.raises(ValueError, match="shared must be"):
+        combine(y, 2, shared=torch.empty(8, 24))
+    with pytest.raises(ValueError, match=r"shared_gate must be contiguous torch.float32 or torch.bfloat16 \[4, 1\]"):
+        combine(y, 2, shared=torch.empty(4, 24), shared_gate=torch.empty(4))
+    with pytest.raises(ValueError, match="shared_gate is of shared"):
+        combine(y, 2, shared_gate=torch.empty(4, 1))

@@ -1,0 +1,99 @@
+"""The weights of one linear layer of every expert, packed side by side for the ops of kernels/moe.py.
+
+Each expert's is packed as kernels/linear.py packs one, quantized if asked, and multiplied to the same bits. On CUDA it
+lies as the Triton kernel reads it, [experts, out, in], and is not quantized: that kernel has no integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.linear import LinearWeight, packing
+from kernels.quantization import Integers, Quantization
+
+
+class ExpertWeights:
+    """Weights [experts, out, in]. They are packed one by one as they come, so that a generator's never lie side by side.
+
+    weights: of each expert, in order, [out, in]; the copy replaces the originals, which may be freed.
+    Raises ValueError for another number of them, for weights that differ in shape or dtype, and what LinearWeight does.
+    """
+
+    FIELDS = ("packed", "scale", "offset")  # of `tensors`
+
+    def __init__(self, weights: Iterable[Tensor], num_experts: int, quantization: Quantization | None = None) -> None:
+        self._pack((LinearWeight(weight, None, quantization) for weight in weights), num_experts)
+
+    @classmethod
+    def of_integers(cls, integers: Iterable[Integers], num_experts: int, dtype: torch.dtype) -> ExpertWeights:
+        """Weights that come quantized, all alike. dtype: of x."""
+        weights = cls.__new__(cls)
+        weights._pack((LinearWeight.of_integers(one, None, dtype) for one in integers), num_experts)
+        return weights
+
+    def _pack(self, linears: Iterable[LinearWeight], num_experts: int) -> None:
+        tensors: dict[str, Tensor] = {}
+        kind, dtype, found = (), torch.float32, 0
+        for linear in linears:
+            dtype = linear.dtype
+            parts, of_this = linear.tensors(), (linear.description, linear.out_features, linear.in_features)
+            if not found:
+                if linear.quantization and packing(dtype, linear.packed) == "rows":
+                    raise ValueError(f"{linear.description}: quantized experts are a CPU's alone")
+                kind = of_this
+                tensors = {field: part.new_empty(num_experts, *part.shape) for field, part in parts.items()}
+            if of_this != kind:
+                raise ValueError(f"the weights of experts must be alike: number {found} is {of_this}, 0 is {kind}")
+            if found < num_experts:
+                for field, part in parts.items():
+                    tensors[field][found] = part
+            found += 1
+        if found != num_experts or not found:
+            raise ValueError(f"there must be a weight for each of {num_experts} experts, got {found}")
+        self._take(tensors, (num_experts, *kind[1:]), dtype)
+
+    def _take(self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.num_experts, self.out_features, self.in_features = shape
+        self.dtype, self._tensors = dtype, dict(tensors)
+        self._first = self.expert(0)
+
+    @property
+    def packed(self) -> Tensor:
+        """[experts, ...], each as a LinearWeight has its own."""
+        return self._tensors["packed"]
+
+    @property
+    def quantization(self) -> Quantization | None:
+        return self._first.quantization
+
+    @property
+    def description(self) -> str:
+        """How it is packed, for logs and errors."""
+        return f"{self.num_experts} experts of {self._first.description}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all experts: a row reads what its own have of it."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+
+    def expert(self, index: int) -> LinearWeight:
+        """One expert's weight, over the same memory."""
+        parts = {field: tensor[index] for field, tensor in self._tensors.items()}
+        return LinearWeight.from_tensors(parts, (self.out_features, self.in_features), self.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, to be stored."""
+        return dict(self._tensors)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> ExpertWeights:
+        """The weights that `tensors` came from on a CPU, over the same memory. Raises KeyError if they came from none.
+
+        shape: [experts, out, in]; dtype: as they had it.
+        """
+        weights = cls.__new__(cls)
+        weights._take(tensors, shape, dtype)
+        return weights
