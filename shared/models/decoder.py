@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.activation import gated_gelu_tanh, gated_silu
+from kernels.activation import gated
 from kernels.attention import paged_attention
 from kernels.gather import gather
 from kernels.linear import LinearWeight, linear
@@ -23,8 +23,6 @@ from shared.models.architecture import Architecture
 from shared.models.rope import cos_sin_table
 from shared.models.weights import DecoderWeights, LayerWeights
 from shared.workspace import Workspace
-
-_ACTIVATIONS = {"silu": gated_silu, "gelu_tanh": gated_gelu_tanh}
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,6 @@ class Decoder:
         self._weights = weights
         table = cos_sin_table(architecture.rope, architecture.head_dim, architecture.max_context)
         self._cos_sin = table.to(device)
-        self._activation = _ACTIVATIONS[architecture.activation]
         self._workspace = Workspace(device)
 
     @torch.inference_mode()
@@ -80,7 +77,7 @@ class Decoder:
             self._linear(attended, layer.output, output)
             add_rms_norm(output, residual, layer.mlp_norm, eps, out=x, residual_out=residual)
             gate_up = self._linear(x, layer.gate_up, take("gate_up", rows, 2 * a.intermediate_size))
-            activated = self._activation(gate_up, out=take("activated", rows, a.intermediate_size))
+            activated = gated(gate_up, a.activation, out=take("activated", rows, a.intermediate_size))
             self._linear(activated, layer.down, output)
             next_norm = weights.final_norm if index == last else weights.layers[index + 1].input_norm
             add_rms_norm(output, residual, next_norm, eps, out=x, residual_out=residual)
