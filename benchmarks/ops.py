@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table, box
 
-from kernels.activation import gated_silu
+from kernels.activation import gated
 from kernels.attention import paged_attention
 from kernels.cpu.library import record
 from kernels.kv_format import KvFormat, KvPlanes
@@ -112,7 +112,7 @@ def small_ops() -> Iterator[Op]:
     """One layer's, for a chunk of 512 tokens, in the cache."""
     gate_up, x, residual = (torch.randn(512, width).bfloat16() for width in (2 * INTERMEDIATE, HIDDEN, HIDDEN))
     weight = torch.randn(HIDDEN).bfloat16()
-    yield Op("gated SiLU, 512 rows", lambda: gated_silu(gate_up), gate_up.numel() * 3, 0)
+    yield Op("gated SiLU, 512 rows", lambda: gated(gate_up, "silu"), gate_up.numel() * 3, 0)
     yield Op("RMSNorm with residual, 512 rows", lambda: add_rms_norm(x, residual, weight, 1e-5), x.numel() * 8, 0)
 
 

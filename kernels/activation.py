@@ -1,12 +1,13 @@
 """Activations: gated, of a fused gate-and-up projection, and plain, with the bias of the projection before them.
 
-    gated_silu, gated_gelu_tanh, gated_gelu:  y = f(gate) * up
-    activate:                                 y = f(x + bias)
+    gated:     y = f(gate) * up
+    activate:  y = f(x + bias)
 
-    silu       f(g) = g * sigmoid(g)
-    gelu_tanh  f(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3)))
-    gelu       f(g) = g / 2 * (1 + erf(g / sqrt(2)))
-    relu       f(g) = max(g, 0)
+    silu        f(g) = g * sigmoid(g)
+    gelu_tanh   f(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3)))
+    gelu        f(g) = g / 2 * (1 + erf(g / sqrt(2)))
+    relu        f(g) = max(g, 0)
+    quick_gelu  f(g) = g * sigmoid(1.702 g)
 
 gate_up  [rows, 2 * width], gate in the first half of a row and up in the second, contiguous, float32 or bfloat16
 x        [rows, width], contiguous, float32 or bfloat16
@@ -26,31 +27,40 @@ from kernels.cpu import library
 from kernels.device import in_triton
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_KINDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+KINDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "quick_gelu": 4}  # as kernels/cpu/activation.c numbers them
 
 
-def gated_silu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """silu(gate) * up (SwiGLU) -> [rows, width]. Raises ValueError when a tensor breaks the contract."""
-    return _gated(gate_up, "silu", out)
+def gated(gate_up: Tensor, kind: str, *, out: Tensor | None = None) -> Tensor:
+    """f(gate) * up -> [rows, width], f by its name: with silu SwiGLU, with gelu or gelu_tanh GeGLU, with relu ReGLU.
 
+    Raises ValueError for another name or when a tensor breaks the contract.
+    """
+    _check_kind(kind)
+    triton = in_triton("gated", gate_up)
+    dtype = gate_up.dtype
+    if dtype not in _DTYPES or gate_up.dim() != 2 or gate_up.shape[1] % 2 or not gate_up.is_contiguous():
+        raise ValueError(
+            f"gate_up must be contiguous float32 or bfloat16 [rows, 2 * width], got {dtype} {list(gate_up.shape)}"
+        )
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = _output(out, gate_up, rows, width)
+    if triton:
+        from kernels.cuda.activation import gated as launch
 
-def gated_gelu_tanh(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """gelu_tanh(gate) * up (GeGLU) -> [rows, width]. Raises ValueError when a tensor breaks the contract."""
-    return _gated(gate_up, "gelu_tanh", out)
-
-
-def gated_gelu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """gelu(gate) * up (GeGLU, exact) -> [rows, width]. Raises ValueError when a tensor breaks the contract."""
-    return _gated(gate_up, "gelu", out)
+        launch(gate_up, out, kind)
+        return out
+    library.call("tandem_gated_activation",
+        gate_up.data_ptr(), out.data_ptr(), rows, width, _DTYPES[dtype], KINDS[kind], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def activate(x: Tensor, kind: str, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """f(x + bias) -> [rows, width], f by its name: silu, gelu_tanh, gelu or relu.
+    """f(x + bias) -> [rows, width], f by its name.
 
     `out` may be x itself, to compute in place. Raises ValueError for another name or when a tensor breaks the contract.
     """
-    if kind not in _KINDS:
-        raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
+    _check_kind(kind)
     triton = in_triton("activate", x)
     if x.dtype not in _DTYPES or x.dim() != 2 or not x.is_contiguous():
         raise ValueError(f"x must be contiguous float32 or bfloat16 [rows, width], got {x.dtype} {list(x.shape)}")
@@ -67,27 +77,15 @@ def activate(x: Tensor, kind: str, bias: Tensor | None = None, *, out: Tensor | 
         return out
     library.call("tandem_activation",
         x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), rows, width, _DTYPES[x.dtype],
-        0 if bias is None else _DTYPES[bias.dtype], _KINDS[kind], torch.get_num_threads(),
+        0 if bias is None else _DTYPES[bias.dtype], KINDS[kind], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def gated_silu_reference(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up in plain torch, in the dtype of its input."""
+def gated_reference(gate_up: Tensor, kind: str) -> Tensor:
+    """f(gate) * up in plain torch, in the dtype of its input."""
     gate, up = gate_up.chunk(2, -1)
-    return functional.silu(gate) * up
-
-
-def gated_gelu_tanh_reference(gate_up: Tensor) -> Tensor:
-    """gelu_tanh(gate) * up in plain torch, in the dtype of its input."""
-    gate, up = gate_up.chunk(2, -1)
-    return functional.gelu(gate, approximate="tanh") * up
-
-
-def gated_gelu_reference(gate_up: Tensor) -> Tensor:
-    """gelu(gate) * up in plain torch, in the dtype of its input."""
-    gate, up = gate_up.chunk(2, -1)
-    return functional.gelu(gate) * up
+    return activate_reference(gate, kind) * up
 
 
 def activate_reference(x: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
@@ -95,27 +93,14 @@ def activate_reference(x: Tensor, kind: str, bias: Tensor | None = None) -> Tens
     biased = x if bias is None else x + bias
     if kind == "gelu_tanh":
         return functional.gelu(biased, approximate="tanh")
+    if kind == "quick_gelu":
+        return biased * (1.702 * biased).sigmoid()
     return {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}[kind](biased)
 
 
-def _gated(gate_up: Tensor, kind: str, out: Tensor | None) -> Tensor:
-    triton = in_triton(f"gated_{kind}", gate_up)
-    dtype = gate_up.dtype
-    if dtype not in _DTYPES or gate_up.dim() != 2 or gate_up.shape[1] % 2 or not gate_up.is_contiguous():
-        raise ValueError(
-            f"gate_up must be contiguous float32 or bfloat16 [rows, 2 * width], got {dtype} {list(gate_up.shape)}"
-        )
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = _output(out, gate_up, rows, width)
-    if triton:
-        from kernels.cuda.activation import gated as launch
-
-        launch(gate_up, out, kind)
-        return out
-    library.call("tandem_gated_activation",
-        gate_up.data_ptr(), out.data_ptr(), rows, width, _DTYPES[dtype], _KINDS[kind], torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
 def _output(out: Tensor | None, x: Tensor, rows: int, width: int) -> Tensor:

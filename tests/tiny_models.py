@@ -49,7 +49,9 @@ _SIZES = {
     "pad_token_id": 0,
     "initializer_range": 0.15,
 }
-# What each kind has beside the sizes above. All kinds of one family share its `model_type`.
+# What each kind has beside the sizes above; None takes a size away. All kinds of one family share its `model_type`.
+_ONE_KV_HEAD_EACH: dict[str, object] = {"num_key_value_heads": None}
+_GPT: dict[str, object] = {**_ONE_KV_HEAD_EACH, "intermediate_size": None, "initializer_range": 0.15}
 KINDS: dict[str, dict[str, object]] = {
     "llama": {"model_type": "llama", "tie_word_embeddings": True},
     "llama-untied-biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
@@ -71,6 +73,7 @@ KINDS: dict[str, dict[str, object]] = {
         "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
     },
     "mistral": {"model_type": "mistral", "sliding_window": 24},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2-sliding": {
         "model_type": "qwen2",
@@ -78,7 +81,115 @@ KINDS: dict[str, dict[str, object]] = {
         "sliding_window": 20,
         "max_window_layers": 1,
     },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 56,
+        "mlp_only_layers": [1],
+    },
     "qwen3": {"model_type": "qwen3", "head_dim": 24},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 24,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
+    "gemma": {"model_type": "gemma", "head_dim": 24},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 24,
+        "sliding_window": 20,
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 4.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 24,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 100_000.0, "factor": 8.0},
+        },
+    },
+    "phi": {"model_type": "phi"},
+    "phi-qk-norm": {"model_type": "phi", "qk_layernorm": True},
+    "phi3": {"model_type": "phi3", "sliding_window": 24},
+    "phi3-longrope": {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 256,
+            "short_factor": [1.0, 1.1, 1.5, 2.0],
+            "long_factor": [4.0, 5.0, 6.0, 7.0],
+        },
+    },
+    "gpt2": {"model_type": "gpt2", **_GPT},
+    "gptj": {"model_type": "gptj", "rotary_dim": 8, **_GPT},
+    "gpt_neo": {
+        "model_type": "gpt_neo",
+        **_GPT,
+        "attention_types": [[["global", "local", "global"], 1]],
+        "window_size": 20,
+    },
+    "gpt_neox": {"model_type": "gpt_neox", **_ONE_KV_HEAD_EACH, "rotary_pct": 0.5},
+    "gpt_neox-sequential": {
+        "model_type": "gpt_neox",
+        **_ONE_KV_HEAD_EACH,
+        "use_parallel_residual": False,
+        "attention_bias": False,
+    },
+    "opt": {"model_type": "opt", **_GPT, "ffn_dim": 96, "init_std": 0.15, "word_embed_proj_dim": 64},
+    "opt-post-norm": {
+        "model_type": "opt",
+        **_GPT,
+        "ffn_dim": 96,
+        "init_std": 0.15,
+        "do_layer_norm_before": False,
+        "word_embed_proj_dim": 48,
+    },
+    "bloom": {"model_type": "bloom", **_GPT, "hidden_size": 96, "num_attention_heads": 6},
+    "bloom-normed-residual": {"model_type": "bloom", **_GPT, "apply_residual_connection_post_layernorm": True},
+    "falcon": {"model_type": "falcon", **_GPT, "ffn_hidden_size": 96},
+    "falcon-new": {
+        "model_type": "falcon",
+        **_GPT,
+        "ffn_hidden_size": 96,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+    },
+    "falcon-alibi": {
+        "model_type": "falcon",
+        **_GPT,
+        "alibi": True,
+        "multi_query": False,
+        "parallel_attn": False,
+        "bias": True,
+    },
+    "mpt": {"model_type": "mpt", **_GPT, "attn_config": {"clip_qkv": 1.5}},
+    "stablelm": {"model_type": "stablelm"},
+    "stablelm-parallel": {
+        "model_type": "stablelm",
+        "use_parallel_residual": True,
+        "qk_layernorm": True,
+        "use_qkv_bias": True,
+    },
+    "olmo2": {"model_type": "olmo2"},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 0.4,
+    },
 }
 
 
@@ -93,7 +204,7 @@ def _root() -> Path:
 def tiny_model(kind: str = "llama", *, seed: int = 0) -> Path:
     """A folder with a random model of KINDS, the same weights for the same seed."""
     folder = _root() / f"tiny-{kind}-{seed}"
-    fields = {**_SIZES, **KINDS[kind]}
+    fields = {name: value for name, value in {**_SIZES, **KINDS[kind]}.items() if value is not None}
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

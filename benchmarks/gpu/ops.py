@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.gpu.results import COPY, MATMUL, Figure, Results
 from benchmarks.gpu.shapes import Config, Sizes, device
 from benchmarks.gpu.timing import Call, call_s, copies_of
-from kernels.activation import gated_silu
+from kernels.activation import gated
 from kernels.attention import attention_workspace, paged_attention
 from kernels.kv_format import KvPlanes
 from kernels.linear import LinearWeight, linear
@@ -239,7 +239,7 @@ def _rope(model: Config, sizes: Sizes, rows: int, copies: int) -> list[Call]:
 def _silu(rows: int, width: int, copies: int) -> list[Call]:
     def make() -> Call:
         out = torch.empty(rows, width, dtype=torch.bfloat16, device=device())
-        return partial(gated_silu, _normal(rows, 2 * width), out=out)
+        return partial(gated, _normal(rows, 2 * width), "silu", out=out)
 
     return [make() for _ in range(copies)]
 

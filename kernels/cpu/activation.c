@@ -1,14 +1,10 @@
-/* y = f(gate) * up, with gate and up the two halves of each row, and y = f(x + bias). silu and gelu_tanh are both
- * g * sigmoid(z): silu has z = g; gelu_tanh has z = 2 sqrt(2/pi) (g + 0.044715 g^3), because (1 + tanh(u)) / 2 = sigmoid(2u).
- * gelu is g * Phi(g), Phi being the normal distribution function. */
+/* y = f(gate) * up, with gate and up the two halves of each row, and y = f(x + bias). silu, quick_gelu and gelu_tanh are all
+ * g * sigmoid(z): silu has z = g; quick_gelu has z = 1.702 g; gelu_tanh has z = 2 sqrt(2/pi) (g + 0.044715 g^3), because
+ * (1 + tanh(u)) / 2 = sigmoid(2u). gelu is g * Phi(g), Phi being the normal distribution function. */
 #include "simd.h"
 #include "team.h"
 
-enum { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3 };
-
-INLINE vf sigmoid(vf z) { return 1.0f / (1.0f + vf_exp(-z)); }
-
-INLINE vf choose(vi first, vf a, vf b) { return (vf)((first & (vi)a) | (~first & (vi)b)); }
+enum { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, QUICK_GELU = 4 };
 
 /* g * Phi(g) = max(g, 0) - |g| * Phi(-|g|), which leaves a negative g its digits as g / 2 * (1 + erf(g / sqrt(2))) would not.
  * Phi(-|g|) = e^(-g^2 / 2) t P(t), t = 1 / (1 + 0.4 |g|): Hastings' form (Abramowitz and Stegun 26.2.17) with a P of degree 9,
@@ -21,14 +17,15 @@ INLINE vf gelu(vf g) {
     vf size = (vf)((vi)g & 0x7fffffff), t = 1.0f / vf_fma(size, vf_set1(0.4f), vf_set1(1.0f)), p = vf_set1(P[0]);
 #pragma GCC unroll 9
     for (int i = 1; i < 10; i++) p = vf_fma(p, t, vf_set1(P[i]));
-    return choose(g < vf_set1(0.0f), vf_set1(0.0f), g) - size * (vf_exp(-0.5f * g * g) * t * p);
+    return vf_choose(g < vf_set1(0.0f), vf_set1(0.0f), g) - size * (vf_exp(-0.5f * g * g) * t * p);
 }
 
 INLINE vf activated(vf g, int function) {
-    if (function == RELU) return choose(g < vf_set1(0.0f), vf_set1(0.0f), g);
+    if (function == RELU) return vf_choose(g < vf_set1(0.0f), vf_set1(0.0f), g);
     if (function == GELU) return gelu(g);
-    if (function == GELU_TANH) return g * sigmoid(1.5957691216057308f * (g + 0.044715f * (g * g * g)));
-    return g * sigmoid(g);
+    if (function == GELU_TANH) return g * vf_sigmoid(1.5957691216057308f * (g + 0.044715f * (g * g * g)));
+    if (function == QUICK_GELU) return g * vf_sigmoid(1.702f * g);
+    return g * vf_sigmoid(g);
 }
 
 typedef struct {
@@ -58,6 +55,7 @@ INLINE void row_by_function(const Activation *job, int64_t r, int dtype) {
     if (job->function == SILU) row(job, r, dtype, SILU);
     else if (job->function == GELU_TANH) row(job, r, dtype, GELU_TANH);
     else if (job->function == GELU) row(job, r, dtype, GELU);
+    else if (job->function == QUICK_GELU) row(job, r, dtype, QUICK_GELU);
     else row(job, r, dtype, RELU);
 }
 

@@ -220,4 +220,8 @@ INLINE vf vf_exp(vf x) {
     return (vf)((vi)(y * power) & ~underflow);
 }
 
+INLINE vf vf_sigmoid(vf z) { return 1.0f / (1.0f + vf_exp(-z)); }
+
+INLINE vf vf_choose(vi first, vf a, vf b) { return (vf)((first & (vi)a) | (~first & (vi)b)); }
+
 #endif

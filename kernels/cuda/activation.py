@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.activation import KINDS
 from kernels.cuda.tile import launch, narrow
 from kernels.cuda.variant import Variant
 
@@ -13,7 +14,8 @@ _BLOCK = 1024  # 16 bytes of bfloat16 for each thread of four warps
 
 
 @triton.jit
-def _sigmoid(z):
+def sigmoid(z):
+    """Of float32."""
     return 1.0 / (1.0 + tl.exp(tl.where(z < -87.0, 87.0, -z)))  # beyond it, e^-z is infinite
 
 
@@ -37,9 +39,11 @@ def _gelu(g):
 @triton.jit
 def _activated(g, KIND: tl.constexpr):
     if KIND == "silu":
-        return g * _sigmoid(g)
+        return g * sigmoid(g)
+    elif KIND == "quick_gelu":
+        return g * sigmoid(1.702 * g)
     elif KIND == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2u)
-        return g * _sigmoid(1.5957691216057308 * (g + 0.044715 * (g * g * g)))
+        return g * sigmoid(1.5957691216057308 * (g + 0.044715 * (g * g * g)))
     elif KIND == "gelu":
         return _gelu(g)
     else:
@@ -84,14 +88,14 @@ def variants(capability: int) -> list[Variant]:
     """The same for any width that is a multiple of 16."""
     gated_ones = [
         Variant(
-            name=f"gated_{kind} {dtype}",
+            name=f"gated {kind} {dtype}",
             kernel=_gated,
             arguments={"gate_up": f"*{dtype}", "out": f"*{dtype}", "width": "i32"},
             constants={"KIND": kind, "BLOCK": _BLOCK},
             aligned=("width",),
         )
         for dtype in ("bf16", "fp32")
-        for kind in ("silu", "gelu_tanh", "gelu")
+        for kind in KINDS
     ]
     return gated_ones + [
         Variant(
@@ -102,6 +106,6 @@ def variants(capability: int) -> list[Variant]:
             aligned=("width",),
         )
         for dtype in ("bf16", "fp32")
-        for kind in ("silu", "gelu_tanh", "gelu", "relu")
+        for kind in KINDS
         for biased in (False, True)
     ]

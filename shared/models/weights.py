@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from kernels.experts import ExpertWeights
 from kernels.linear import LinearWeight, packing, probe_row_invariance
-from kernels.moe import ExpertWeights
 from kernels.quantization import Integers, Quantization
 from shared.checkpoint import Checkpoint, CheckpointError, check_names
 from shared.config import QuantizationMode
@@ -249,7 +249,7 @@ class _Loader:
             each = (self._placed(one) for one in stacked)
         else:
             each = (self._built(source.at(layer, expert), shape[1:]) for expert in range(shape[0]))
-        return ExpertWeights(each, _quantization(self.quantization, shape[2]))
+        return ExpertWeights(each, shape[0], _quantization(self.quantization, shape[2]))
 
     def _integers(self, ours: str, layer: int, shape: tuple[int, ...], bits: int) -> Integers | None:
         """The file's own, where all parts have them, of so many bits and made alike."""
