@@ -36,7 +36,7 @@ from shared.config import load_config
 from shared.engine import Engine, EnginePlan
 from shared.kv_cache import KvLayout
 from shared.model_files import ModelFiles, Weights
-from shared.models.weights import DecoderWeights, load_weights
+from shared.models.weights import ModelWeights, load_weights
 from shared.penalties import SampleRow
 from shared.policies.table import architecture_of
 from shared.sampling_params import SamplingParams
@@ -90,7 +90,7 @@ def make_plan(sizes: Sizes) -> EnginePlan:
         return EnginePlan.of(config, config.decode, files)
 
 
-def make_weights(model: Config) -> DecoderWeights:
+def make_weights(model: Config) -> ModelWeights:
     """Random ones, on the device."""
     checkpoint = RandomCheckpoint(model, device())
     return load_weights(architecture_of(model), checkpoint, dtype=torch.bfloat16, device=device())
@@ -120,7 +120,7 @@ def generate(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int) ->
 
 
 @contextmanager
-def opened(plan: EnginePlan, weights: DecoderWeights) -> Iterator[Engine]:
+def opened(plan: EnginePlan, weights: ModelWeights) -> Iterator[Engine]:
     """Keys and values that are no zeros: a device multiplies those faster."""
     engine = Engine(plan, weights=weights)
     try:
@@ -150,7 +150,7 @@ def _step(
     results: Results,
     name: str,
     engine: Engine,
-    weights: DecoderWeights,
+    weights: ModelWeights,
     batch: int,
     sizes: Sizes,
     bar: float | None = None,
@@ -199,7 +199,7 @@ def _generate(results: Results, engine: Engine, batch: int, sizes: Sizes) -> Non
 
 
 def _quantized(
-    results: Results, form: str, quantization: Quantization, plan: EnginePlan, weights: DecoderWeights, sizes: Sizes
+    results: Results, form: str, quantization: Quantization, plan: EnginePlan, weights: ModelWeights, sizes: Sizes
 ) -> None:
     """A step of one sequence, all its linears of few bits."""
     batch, bar = sizes.batches[0], 1.6
@@ -211,7 +211,7 @@ def _quantized(
         results.add(PART, _ratio(name, _seconds(results, _step_name(batch)), _seconds(results, step), bar))
 
 
-def quantized(weights: DecoderWeights, quantization: Quantization) -> DecoderWeights:
+def quantized(weights: ModelWeights, quantization: Quantization) -> ModelWeights:
     """The same with every linear quantized. weights: for Triton, whose plain ones are the weight itself."""
 
     def changed(part: object) -> object:
@@ -268,7 +268,7 @@ def _drawn(engine: Engine, entries: list[BatchEntry], position: int = 0) -> list
     return drawn
 
 
-def _step_bytes(weights: DecoderWeights, layout: KvLayout, kv_tokens: int) -> float:
+def _step_bytes(weights: ModelWeights, layout: KvLayout, kv_tokens: int) -> float:
     """What a step has to read; a few rows of the embedding count for nothing."""
     linears = [part for layer in weights.layers for part in vars(layer).values() if isinstance(part, LinearWeight)]
     weight_bytes = sum(weight.num_bytes for weight in (*linears, weights.lm_head))

@@ -14,9 +14,9 @@ class Rope:
     """Rotary position embedding. `original_context` in tokens; fields a kind does not name are unused by it.
 
     linear: factor. llama3: factor, original_context, low_ and high_frequency_factor. yarn: factor, original_context,
-    beta_fast, beta_slow, truncate. longrope: factors, one for each pair of dimensions. `attention_factor` multiplies cos
-    and sin (1 but for yarn and longrope). Of each head the first `dim` dimensions turn; `interleaved` says which two
-    make a pair (kernels/rope.py).
+    beta_fast, beta_slow, truncate. longrope: factors, one for each pair of dimensions. `attention_factor` multiplies
+    cos and sin (1 but for yarn and longrope). Of each head the first `dim` dimensions turn; `interleaved` says which
+    two make a pair (kernels/rope.py).
     """
 
     theta: float
@@ -52,7 +52,7 @@ class Experts:
     """A mixture of experts in the place of the MLP of `layers` (True: this layer has one).
 
     Each token goes to `per_token` of `count`, with the softmax of all logits as weights, which add up to 1 if
-    `renormalize`. `shared_size`: width of an MLP that every token goes through besides, weighted by a sigmoid; 0 = none.
+    `renormalize`. `shared_size`: width of an MLP that every token goes through besides, weighted by a sigmoid; 0: none.
     """
 
     count: int
@@ -74,7 +74,7 @@ class Architecture:
     the norm made of it. `norm_offset` is added to each norm's weight.
 
     alibi_slopes: one for each head. num_positions: rows of the table of learned positions, position p being row p +
-    position_offset. causal: a token sees those before it and itself; otherwise all of its sequence, and no cache exists.
+    position_offset. causal: a token sees itself and those before it; otherwise all of its sequence, without a cache.
     scales multiply: the embedding, each sub-layer's output, the logits; logit_cap as kernels/scale.py has it.
     """
 

@@ -85,7 +85,7 @@ class Decoder:
         )
         if weights.embedding_norm is None:
             return stream
-        return self._layers.norm(stream, weights.embedding_norm, take("normed_stream", *stream.shape))
+        return self._layers.norm(stream, weights.embedding_norm, take.like("normed_stream", stream))
 
     def _attention(
         self, x: Tensor, layer: LayerWeights, index: int, batch: RaggedBatch, kv: KvCache, take: Take

@@ -60,7 +60,7 @@ class Encoder:
         """The same from embeddings [tokens, hidden] on, which are overwritten."""
         a, take = self.architecture, Take(self._workspace, self.dtype)
         if self._weights.embedding_norm is not None:
-            stream = self._layers.norm(stream, self._weights.embedding_norm, take("normed_stream", *stream.shape))
+            stream = self._layers.norm(stream, self._weights.embedding_norm, take.like("normed_stream", stream))
 
         def attend(index: int, x: Tensor, layer: LayerWeights) -> Tensor:
             rows = x.shape[0]

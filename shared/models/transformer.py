@@ -39,6 +39,9 @@ class Take:
     def __call__(self, name: str, rows: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.workspace.take(name, rows, width, dtype or self.dtype)
 
+    def like(self, name: str, x: Tensor) -> Tensor:
+        return self.workspace.take(name, x.shape[0], x.shape[1], x.dtype)
+
 
 class Transformer:
     """The layers of a loaded model. Each op gives a row the same bits whatever rows are beside it."""
@@ -94,7 +97,7 @@ class Transformer:
     def _closed(self, output: Tensor, norm: Norm | None, take: Take) -> Tensor:
         """A sub-layer's output as it is added to the stream."""
         if norm is not None:
-            output = self.norm(output, norm, take("normed", *output.shape))
+            output = self.norm(output, norm, take.like("normed", output))
         factor = self.architecture.output_scale
         return output if factor == 1.0 else scale(output, factor, out=output)
 
@@ -103,7 +106,8 @@ class Transformer:
         output = take("output_of_mlp" if a.parallel else "output", rows, a.hidden_size)
         if a.has_experts(index):
             return self._experts(x, layer, take, output)
-        assert layer.up is not None and layer.down is not None
+        assert layer.up
+        assert layer.down
         up = self.linear(x, layer.up, take("up", rows, a.up_size))
         return self.linear(self._activated(up, take, "activated"), layer.down, output)
 
@@ -116,7 +120,10 @@ class Transformer:
     def _experts(self, x: Tensor, layer: LayerWeights, take: Take, output: Tensor) -> Tensor:
         """The mixture of those that a token goes to, and what all tokens go through besides."""
         experts = self.architecture.experts
-        assert experts is not None and layer.router and layer.experts_up and layer.experts_down
+        assert experts
+        assert layer.router
+        assert layer.experts_up
+        assert layer.experts_down
         rows, k = x.shape[0], experts.per_token
         logits = self.linear(x, layer.router, take("router", rows, experts.count))
         weights, chosen = top_k_gating(
@@ -151,7 +158,7 @@ class _Stream:
 
     def __init__(self, transformer: Transformer, stream: Tensor, take: Take) -> None:
         self._transformer, self._stream, self._take = transformer, stream, take
-        self._spare = take("x", *stream.shape)
+        self._spare = take.like("x", stream)
         self.x = stream
 
     def enter(self, norm: Norm | None) -> None:
@@ -181,7 +188,7 @@ class _Stream:
         """What a parallel MLP reads: what attention did, or the stream through a norm of its own."""
         if norm is None:
             return self.x
-        return self._transformer.norm(self._stream, norm, self._take("x_of_mlp", *self._stream.shape))
+        return self._transformer.norm(self._stream, norm, self._take.like("x_of_mlp", self._stream))
 
     def add(self, output: Tensor) -> None:
         add(output, self._stream, out=self._stream)

@@ -287,7 +287,7 @@ class _Loader:
         else:
             placed = [self._placed(tensor, dtype) for tensor in tensors]
             if source.how == "columns":
-                placed = [tensor.T for tensor in placed]
+                placed = [tensor.T if tensor.dim() == 2 else tensor for tensor in placed]
             joined = placed[0] if len(placed) == 1 else torch.cat(placed)
         self._check_shape(source.names, joined.shape, shape)
         return (self._ungrouped(joined) if source.how == "grouped" else joined).contiguous()

@@ -27,12 +27,12 @@ BLOOM = Policy(
     },
     defaults={
         "layer_norm_epsilon": 1e-5,
-        "hidden_act": "gelu_pytorch_tanh",
         "seq_length": 2048,  # what it was trained on; ALiBi itself knows no end
         "tie_word_embeddings": True,
     },
     record={
         **GPT_RECORD,
+        "activation": "gelu_tanh",
         "embedding_norm": True,
         "stream_of_norm": Setting("apply_residual_connection_post_layernorm"),
     },

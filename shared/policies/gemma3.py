@@ -1,4 +1,4 @@
-"""Gemma 3, the text model: Gemma 2 with normalised queries and keys in place of caps, and a rope for each kind of layer."""
+"""Gemma 3, the text model: Gemma 2 with normalised queries and keys in place of caps, and two ropes."""
 
 from collections.abc import Mapping
 

@@ -24,7 +24,9 @@ def _rest(fields: Fields) -> Mapping[str, object]:
     heads = fields.integer("num_attention_heads")
     return {
         "num_positions": fields.integer("max_position_embeddings"),
-        "attention_scale": (fields.integer("hidden_size") // heads) ** -0.5 if fields.flag("scale_attn_weights") else 1.0,
+        "attention_scale": (fields.integer("hidden_size") // heads) ** -0.5
+        if fields.flag("scale_attn_weights")
+        else 1.0,
     }
 
 

@@ -38,13 +38,12 @@ MPT = Policy(
         "rms_norm_eps": "layer_norm_epsilon",
     },
     defaults={
-        "hidden_act": "gelu",
         "layer_norm_epsilon": 1e-5,
         "max_seq_len": 2048,
         "expansion_ratio": 4,
         "tie_word_embeddings": True,
     },
-    record={"norm": "layer", "gated": False},
+    record={"norm": "layer", "gated": False, "activation": "gelu"},
     rest=_rest,
     rotary=None,
     names={

@@ -63,9 +63,7 @@ class Policy:
         values |= self.rest(fields) if self.rest else {}
         heads, kv_heads, head_dim = (values[name] for name in ("num_heads", "num_kv_heads", "head_dim"))
         if not kv_heads or heads % kv_heads:
-            raise UnsupportedModelError(
-                fields.name("num_key_value_heads"), f"{kv_heads} does not divide {heads} heads"
-            )
+            raise UnsupportedModelError(fields.name("num_key_value_heads"), f"{kv_heads} does not divide {heads} heads")
         if not head_dim or head_dim % 8:
             raise UnsupportedModelError(
                 fields.name("head_dim"), f"{head_dim} is not a multiple of 8, which attention computes in"
@@ -92,7 +90,7 @@ class Policy:
             "head_dim": fields.integer("head_dim", hidden_size // max(num_heads, 1)),
             "max_context": fields.integer("max_position_embeddings"),
             "norm_eps": fields.number("rms_norm_eps"),
-            "activation": activation_of(fields, "hidden_act"),
+            "activation": self.record.get("activation") or activation_of(fields, "hidden_act"),
             "tie_embeddings": fields.flag("tie_word_embeddings"),
             "sliding_window": self._sliding_window(fields, num_layers),
         }

@@ -39,8 +39,8 @@ QWEN = Policy(
     base="transformer",
     ignored=(r".*rotary_emb\.inv_freq",),
     fields={"rms_norm_eps": "layer_norm_epsilon", "max_position_embeddings": "seq_length"},
-    defaults={"layer_norm_epsilon": 1e-6, "seq_length": 8192, "hidden_act": "silu"},
-    record={"qkv_bias": True},
+    defaults={"layer_norm_epsilon": 1e-6, "seq_length": 8192},
+    record={"qkv_bias": True, "activation": "silu"},
     rest=_rest,
     names={
         "embedding": rows("transformer.wte.weight"),

@@ -99,7 +99,7 @@ def test_a_plan_has_room_for_the_largest_batch(monkeypatch: pytest.MonkeyPatch) 
     plan = make_plan(FULL)
     assert (plan.max_running, plan.max_context, plan.num_blocks) == (64, 8192, 1 + 64 * 1024 // 16)
     assert plan.layout.block_bytes == 16 * 128 * 1024
-    assert plan.architecture.rope.kind == "llama3"
+    assert [rope.kind for rope in plan.architecture.ropes if rope] == ["llama3"] * plan.architecture.num_layers
 
 
 def test_the_work_of_a_prompt() -> None:

@@ -21,9 +21,9 @@ def test_matches_the_reference(on: str, rows: int, width: int, dtype: torch.dtyp
 
 def test_refuses_what_does_not_fit() -> None:
     x = torch.randn(3, 8)
-    with pytest.raises(ValueError, match="residual must be contiguous torch.float32"):
+    with pytest.raises(ValueError, match=r"residual must be contiguous torch\.float32"):
         add(x, x.bfloat16())
-    with pytest.raises(ValueError, match=r"out must be contiguous torch.float32 \[3, 8\]"):
+    with pytest.raises(ValueError, match=r"out must be contiguous torch\.float32 \[3, 8\]"):
         add(x, x, out=torch.empty(3, 9))
     with pytest.raises(ValueError, match="x must be contiguous"):
         add(x.half(), x)

@@ -30,9 +30,7 @@ def decoder(kind: str) -> Decoder:
     folder = tiny_model(kind)
     files = ModelFiles(kind, folder, find_weights(folder), "")
     architecture = architecture_of(files.config)
-    return Decoder(
-        architecture, load_weights(architecture, open_checkpoint(files), dtype=torch.float32, device="cpu")
-    )
+    return Decoder(architecture, load_weights(architecture, open_checkpoint(files), dtype=torch.float32, device="cpu"))
 
 
 @functools.cache
@@ -66,7 +64,9 @@ def test_equals_transformers(kind: str) -> None:
     prompts = [random_tokens(model, length) for length in LENGTHS]
     tables = [tuple(range(1 + 5 * row, 6 + 5 * row)) for row in range(len(prompts))]
     kv = new_cache(model)
-    together = run(model, kv, *(BatchEntry(tokens, 0, table, "all") for tokens, table in zip(prompts, tables)))
+    together = run(
+        model, kv, *(BatchEntry(tokens, 0, table, "all") for tokens, table in zip(prompts, tables, strict=True))
+    )
     expected = torch.cat([expected_logits(kind, tokens) for tokens in prompts])
     assert expected.std() > 0.3, "flat logits would prove nothing"
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-4)

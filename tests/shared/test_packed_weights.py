@@ -21,7 +21,7 @@ from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights
 from shared.model_store import ModelStore
 from shared.models.decoder import Decoder
-from shared.models.weights import DecoderWeights, load_weights, packing_of
+from shared.models.weights import ModelWeights, load_weights, packing_of
 from shared.packed_weights import share_packed
 from shared.policies.table import architecture_of
 
@@ -168,7 +168,7 @@ def test_a_decoder_over_mapped_weights_has_the_same_bits(
         architecture, open_checkpoint(files), dtype=torch.float32, device="cpu", quantization=quantization
     )
     tensors = share(weights.tensors)
-    mapped = DecoderWeights.from_tensors(architecture, tensors)
+    mapped = ModelWeights.from_tensors(architecture, tensors)
     assert mapped.tensors().keys() == tensors.keys()
     batch = build_batch([BatchEntry(list(range(3, 40)), 0, [1, 2, 3], "all")], 16)
     logits = [

@@ -1,0 +1,6 @@
+"""The engine: what the workers drive, and what `init_inference` makes of a model."""
+
+from shared.engine.engine import Engine, Memory
+from shared.engine.plan import EnginePlan
+
+__all__ = ["Engine", "EnginePlan", "Memory"]

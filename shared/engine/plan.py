@@ -1,0 +1,91 @@
+"""Everything about an engine that is settled before its weights are read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from shared.config import ConfigError, DecodeConfig, PrefillConfig, QuantizationMode, TandemConfig
+from shared.kv_cache import KvLayout
+from shared.model_files import ModelFiles, read_json
+from shared.models.architecture import Architecture
+from shared.policies.table import architecture_of
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """Everything that is settled before the weights are read."""
+
+    files: ModelFiles
+    architecture: Architecture
+    dtype: str  # of weights and activations, a key of DTYPES; keys and values may be kept in another
+    layout: KvLayout
+    quantization: QuantizationMode
+    device: str
+    num_blocks: int  # in memory, the null block included
+    max_context: int  # tokens of prompt and output together
+    max_running: int  # sequences of a decode step at most
+    num_threads: int
+    deterministic: bool  # on CUDA: a token's bits are its own, whatever is beside it; on a CPU they always are
+    enable_cuda_graph: bool
+    eos_token_ids: tuple[int, ...]
+    allow_pickle: bool
+
+    @classmethod
+    def of(cls, config: TandemConfig, section: PrefillConfig | DecodeConfig, files: ModelFiles) -> EnginePlan:
+        """section: of the role. Raises ModelError for a model that cannot be served, ConfigError for limits."""
+        architecture = architecture_of(files.config)
+        layout = KvLayout.of(
+            architecture,
+            files.digest_as(config.quantization),
+            config.kv_dtype_of(section),
+            config.block_tokens_of(section),
+        )
+        max_context = config.max_context or architecture.max_context
+        if max_context > architecture.max_context:
+            raise ConfigError(f"max_context: {max_context} exceeds the model's own, {architecture.max_context}")
+        num_blocks = section.num_blocks or (section.kv_memory_mib << 20) // layout.block_bytes
+        if num_blocks < 2:
+            raise ConfigError(
+                f"kv_memory_mib: a pool of {num_blocks} blocks of {layout.block_bytes} bytes is too small; raise it"
+            )
+        return cls(
+            files=files,
+            architecture=architecture,
+            dtype=config.weights_dtype,
+            layout=layout,
+            quantization=config.quantization,
+            device=_device(config.device),
+            num_blocks=num_blocks,
+            max_context=max_context,
+            max_running=section.max_running,
+            num_threads=config.threads or len(os.sched_getaffinity(0)),
+            deterministic=config.deterministic,
+            # prompts are of any length, and a step of theirs is worth its launches
+            enable_cuda_graph=config.enable_cuda_graph and isinstance(section, DecodeConfig),
+            eos_token_ids=_eos_token_ids(files),
+            allow_pickle=config.allow_pickle,
+        )
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.num_blocks * self.layout.block_bytes
+
+
+def _device(wanted: str) -> str:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda, and there is no CUDA device; use cpu, or auto")
+    return "cuda" if wanted == "cuda" else "cpu"
+
+
+def _eos_token_ids(files: ModelFiles) -> tuple[int, ...]:
+    """generation_config.json's, else config.json's; a chat model has several."""
+    path = files.folder / "generation_config.json"
+    for values in (read_json(path) if path.is_file() else {}, files.config):
+        found = values.get("eos_token_id")
+        if found is not None:
+            return tuple(cast(list[int], found)) if isinstance(found, list) else (cast(int, found),)
+    return ()
