@@ -16,7 +16,7 @@ from kernels.quantization import Integers, Quantization
 
 
 class ExpertWeights:
-    """Weights [experts, out, in]. They are packed one by one as they come, so that a generator's are never side by side.
+    """Weights [experts, out, in]. They are packed one by one as they come: a generator's never lie side by side.
 
     weights: of each expert, in order, [out, in]; the copy replaces the originals, which may be freed.
     Raises ValueError for another number of them, for weights that differ in shape or dtype, and what LinearWeight does.
