@@ -64,6 +64,8 @@ class Transformer:
             if index == last and wanted is not None:
                 attended = gather(attended, wanted, out=take("wanted", len(wanted), attended.shape[1]))
                 run.keep(wanted)
+                if not len(wanted):
+                    return run.x
             rows = attended.shape[0]
             output = self.linear(attended, layer.output, take("output", rows, self.architecture.hidden_size))
             output = self._closed(output, layer.attention_output_norm, take)

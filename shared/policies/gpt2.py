@@ -21,12 +21,10 @@ GPT_RECORD = {
 def _rest(fields: Fields) -> Mapping[str, object]:
     fields.refuse("scale_attn_by_inverse_layer_idx", "scores scaled by the layer's number are not supported")
     fields.refuse("add_cross_attention", "decoders of an encoder are not supported")
-    heads = fields.integer("num_attention_heads")
+    head_dim = fields.integer("hidden_size") // fields.integer("num_attention_heads")
     return {
         "num_positions": fields.integer("max_position_embeddings"),
-        "attention_scale": (fields.integer("hidden_size") // heads) ** -0.5
-        if fields.flag("scale_attn_weights")
-        else 1.0,
+        "attention_scale": head_dim**-0.5 if fields.flag("scale_attn_weights") else 1.0,
     }
 
 

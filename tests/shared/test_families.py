@@ -64,9 +64,8 @@ def test_equals_transformers(kind: str) -> None:
     prompts = [random_tokens(model, length) for length in LENGTHS]
     tables = [tuple(range(1 + 5 * row, 6 + 5 * row)) for row in range(len(prompts))]
     kv = new_cache(model)
-    together = run(
-        model, kv, *(BatchEntry(tokens, 0, table, "all") for tokens, table in zip(prompts, tables, strict=True))
-    )
+    entries = [BatchEntry(tokens, 0, table, "all") for tokens, table in zip(prompts, tables, strict=True)]
+    together = run(model, kv, *entries)
     expected = torch.cat([expected_logits(kind, tokens) for tokens in prompts])
     assert expected.std() > 0.3, "flat logits would prove nothing"
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-4)
