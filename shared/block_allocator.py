@@ -78,6 +78,14 @@ class BlockAllocator:
             if self._references[block] == 0:
                 self._free.append(block)
 
+    def grow(self, num_blocks: int) -> None:
+        """Adds the blocks that a larger pool has. Raises ValueError for one that is not larger."""
+        before = len(self._references)
+        if num_blocks <= before:
+            raise ValueError(f"num_blocks: {num_blocks} is not more than the {before} that there are")
+        self._references += [0] * (num_blocks - before)
+        self._free[:0] = range(num_blocks - 1, before - 1, -1)
+
     def _check(self, blocks: Sequence[int]) -> None:
         for block in blocks:
             if self.references(block) == 0:

@@ -8,6 +8,7 @@ logits = engine.forward([BatchEntry(prompt, 0, blocks), BatchEntry([token], 17, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -97,6 +98,18 @@ class Engine:
         """Copies blocks within the pool, in order. Each block is one contiguous range."""
         for source, target in zip(sources, targets, strict=True):
             self.kv.pool[target].copy_(self.kv.pool[source])
+
+    def grow(self, num_blocks: int) -> None:
+        """Moves to a pool of its own with more blocks, which keep their numbers and what they hold."""
+        before = self.kv
+        self.kv = KvCache(self.plan.layout, num_blocks, device=self.plan.device)
+        self.kv.pool[: before.num_blocks].copy_(before.pool)
+        self.plan = replace(self.plan, num_blocks=num_blocks)
+        # captured steps name the old one
+        self._runner = self._make_runner()
+        self.launch = getattr(self._runner, "launch", None)
+        before.close()
+        self._memory = None
 
     def mark(self) -> int:
         """Marks this moment in what the device was told to compute, for those who read or write the pool beside it.

@@ -19,7 +19,7 @@ from shared.policies.table import architecture_of
 class EnginePlan:
     """Everything that is settled before the weights are read."""
 
-    files: ModelFiles
+    files: ModelFiles | None  # None: whoever makes the engine has the weights
     architecture: Architecture
     dtype: str  # of weights and activations, a key of DTYPES; keys and values may be kept in another
     layout: KvLayout
