@@ -39,6 +39,7 @@ PLAIN = (
     "auth",
     "chat_template",
     "config",
+    "config.modules",
     "detokenizer",
     "logs",
     "model_files",
