@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.linear import LinearWeight, packing, probe_row_invariance
 from kernels.quantization import Integers, Quantization
-from shared.checkpoint import Checkpoint, CheckpointError, check_names
+from shared.checkpoint import Checkpoint, CheckpointError, check_names, place_of
 from shared.config import QuantizationMode
 from shared.models.architecture import Architecture
 from shared.policies.table import POLICIES
@@ -205,7 +205,8 @@ class _Loader:
     def _check_shape(self, names: Sequence[str], shape: Sequence[int], ours: str) -> None:
         if tuple(shape) != self.shapes[ours]:
             raise CheckpointError(
-                f"{' + '.join(names)}: rows and columns {list(shape)}, but config.json says {self.shapes[ours]}"
+                f"{' + '.join(names)}: rows and columns {list(shape)}{place_of(self.checkpoint, *names)}, "
+                f"but config.json says {self.shapes[ours]}"
             )
 
 
