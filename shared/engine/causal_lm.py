@@ -142,7 +142,9 @@ def _refuse(kwargs: dict[str, Any]) -> None:
 
 def _num_blocks(layout: KvLayout, max_context: int, min_tokens: int, device: str) -> int:
     """Of the first pool. Raises RuntimeError where there is no memory for the least that is asked for."""
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    free = (
+        torch.cuda.mem_get_info()[0] if device == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    )
     affordable = free // 2 // layout.block_bytes
     least = -(-min_tokens // layout.block_tokens) + 1
     if affordable < least:

@@ -9,11 +9,8 @@ Without kernel_inject the model computes as it did, in the dtype asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from shared.config import InferenceConfig

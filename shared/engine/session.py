@@ -70,7 +70,9 @@ class Session:
         ids = token_ids.cpu()
         rows = [row for row, count in enumerate(counts) if count]
         entries = [
-            BatchEntry(ids[row][real[row]].tolist(), starts[row], self.blocks[row], "last" if wants == "last" else "all")
+            BatchEntry(
+                ids[row][real[row]].tolist(), starts[row], self.blocks[row], "last" if wants == "last" else "all"
+            )
             for row in rows
         ]
         computed = self._pool.engine.forward(entries) if entries else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.experts import ExpertWeights
 from kernels.linear import LinearWeight, packing, probe_row_invariance
 from kernels.quantization import Integers, Quantization
-from shared.checkpoint import Checkpoint, CheckpointError, check_names
+from shared.checkpoint import Checkpoint, CheckpointError, check_names, place_of
 from shared.config import QuantizationMode
 from shared.models.architecture import Architecture
 from shared.models.shapes import EXPERTS, LINEARS, Shapes, layer_shapes, model_shapes, modules_of
@@ -304,7 +304,8 @@ class _Loader:
     def _check_shape(self, names: Sequence[str], shape: Sequence[int], expected: tuple[int, ...]) -> None:
         if tuple(shape) != expected:
             raise CheckpointError(
-                f"{' + '.join(names)}: rows and columns {list(shape)}, but config.json says {expected}"
+                f"{' + '.join(names)}: rows and columns {list(shape)}{place_of(self.checkpoint, *names)}, "
+                f"but config.json says {expected}"
             )
 
 

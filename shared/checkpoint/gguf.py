@@ -1,115 +1,17 @@
-"""Reads parameters of a model by their Hugging Face names, whatever file they lie in.
-
-Files are mapped, so a parameter takes memory only from `tensor(name)` until the caller drops it.
-"""
+"""GGUF files by Hugging Face's names, dequantised or as the integers of their blocks."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kernels.quantization import Integers
+from shared.checkpoint.contract import CheckpointError
 from shared.gguf_header import GgufError, GgufTensor, read_gguf_header
-from shared.model_files import ModelError, ModelFiles
-
-
-class CheckpointError(ModelError):
-    """A weight file cannot be read, or lacks or has too many parameters; the message names them."""
-
-
-class Checkpoint(Protocol):
-    """Parameters by name; KeyError for a wrong one."""
-
-    def names(self) -> set[str]: ...
-
-    def tensor(self, name: str) -> Tensor:
-        """In the stored shape and dtype; GGUF: float32."""
-        ...
-
-    def integers(self, name: str) -> Integers | None:
-        """As it is stored, if it is stored as integers that the linears take."""
-        ...
-
-
-def open_checkpoint(files: ModelFiles, *, allow_pickle: bool = False) -> Checkpoint:
-    """Raises CheckpointError for files that cannot be read, and for pickle unless `allow_pickle`."""
-    paths = files.weights.paths
-    if files.weights.kind == "safetensors":
-        return SafetensorsCheckpoint(paths)
-    if files.weights.kind == "gguf":
-        return GgufCheckpoint(paths[0])
-    if not allow_pickle:
-        raise CheckpointError(f"{paths[0]} is pickle, which can run code: pass --allow-pickle if you trust its source")
-    return PickleCheckpoint(paths)
-
-
-def check_names(present: set[str], expected: set[str], ignored: Iterable[str] = ()) -> None:
-    """CheckpointError naming the parameters that are missing or that the decoder would leave unused.
-
-    `ignored` are regular expressions of names that may be there without being expected.
-    """
-    missing = sorted(expected - present)
-    unused = sorted(name for name in present - expected if not any(re.fullmatch(rule, name) for rule in ignored))
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
-        for what, names in (("missing", missing), ("not expected by this family", unused))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(f"the checkpoint's parameters do not fit its config.json: {'; '.join(problems)}")
-
-
-class SafetensorsCheckpoint:
-    """One or more safetensors files."""
-
-    def __init__(self, paths: tuple[Path, ...]) -> None:
-        self._shard_of = {}
-        for path in paths:
-            try:
-                shard = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-            self._shard_of |= dict.fromkeys(shard.keys(), shard)
-
-    def names(self) -> set[str]:
-        return set(self._shard_of)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._shard_of[name].get_tensor(name)
-
-    def integers(self, name: str) -> None:
-        return None
-
-
-class PickleCheckpoint:
-    """Files of torch.save, read with `weights_only=True`: tensors and plain containers, no code."""
-
-    def __init__(self, paths: tuple[Path, ...]) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        for path in paths:
-            try:
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:
-                reason = str(error).splitlines()[0]
-                raise CheckpointError(f"{path} is not a plain torch checkpoint: {reason}") from error
-            if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-                raise CheckpointError(f"{path} does not hold a dictionary of tensors")
-            self._tensors |= loaded
-
-    def names(self) -> set[str]:
-        return set(self._tensors)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def integers(self, name: str) -> None:
-        return None
-
 
 # GGUF's names and Hugging Face's, for the families served.
 _GGUF_NAMES = {
@@ -144,6 +46,7 @@ class GgufCheckpoint:
             num_kv_heads = header.metadata.get(f"{architecture}.attention.head_count_kv", num_heads)
         except (GgufError, OSError) as error:
             raise CheckpointError(str(error)) from error
+        self._path = path
         # llama.cpp stores the rows of each head of a llama so that rope turns neighbours, not halves.
         is_permuted = architecture == "llama"
         self._heads = {"q_proj": num_heads, "k_proj": int(str(num_kv_heads))} if is_permuted else {}
@@ -153,6 +56,9 @@ class GgufCheckpoint:
 
     def names(self) -> set[str]:
         return set(self._tensors)
+
+    def file_of(self, name: str) -> str:
+        return str(self._path)
 
     def tensor(self, name: str) -> Tensor:
         tensor = self._tensors[name]
@@ -183,7 +89,9 @@ class GgufCheckpoint:
         num_bytes = tensor.num_elements // elements_per_block * bytes_per_block
         raw = self._data[tensor.offset : tensor.offset + num_bytes]
         if raw.nbytes < num_bytes:
-            raise CheckpointError(f"{tensor.name} lies beyond the end of the GGUF file, which is cut short")
+            raise CheckpointError(
+                f"{tensor.name} lies beyond the end of the GGUF file, which is cut short: {self._path}"
+            )
         return raw.reshape(-1, bytes_per_block)
 
     def _dequantised(self, tensor: GgufTensor) -> np.ndarray:

@@ -1,0 +1,152 @@
+"""Weights that are stored as integers with their scales, in the three ways that files hold them.
+
+A pair      DeepSpeed's: [int8 tensor [out, in], scales], one scale for each row, in a state dict
+Named parts `name` int8 [out, in], `name.scale` and perhaps `name.offset` [out, groups], where a table says so
+Blocks      GGUF's (gguf.py)
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeGuard
+
+import torch
+from torch import Tensor
+
+from kernels.quantization import WORD, Integers
+from shared.checkpoint.contract import CheckpointError
+
+Parameter = Tensor | Integers
+SCALE, OFFSET = ".scale", ".offset"  # after the name of the integers
+# DeepSpeed keeps with the scales of the rows those of two halves, for a split; the integers were not rounded by them.
+_SCALE_SETS = (1, 3)
+
+
+def dequantized(integers: Integers) -> Tensor:
+    """scale * values + offset, float32 [out, in]."""
+    groups = integers.values.float().unflatten(1, (integers.scale.shape[1], -1)) * integers.scale[:, :, None]
+    if integers.offset is not None:
+        groups += integers.offset[:, :, None]
+    return groups.flatten(1)
+
+
+def is_pair(value: object) -> TypeGuard[Sequence[Tensor]]:
+    """Whether it is what DeepSpeed writes for a parameter that has scales: [tensor, scales]."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, Tensor) for part in value)
+
+
+def of_pair(tensor: Tensor, scale: Tensor) -> Parameter:
+    """What a pair stands for: a tensor that is no int8 was never quantized, and its scale is unset memory.
+
+    Raises ValueError for scales that do not fit.
+    """
+    if tensor.dtype != torch.int8:
+        return tensor
+    if tensor.dim() != 2:
+        raise ValueError(f"int8 with scales must be [out, in], got {list(tensor.shape)}")
+    rows = len(tensor)
+    flat = scale.detach().float().reshape(-1)
+    # [scales, sets] is how it is stored, and not how it is ordered: the first set comes first in memory
+    sets = scale.shape[1] if scale.dim() == 2 else 1
+    count = scale.numel() // sets if sets else 0
+    if sets not in _SCALE_SETS or not count or (count % rows and rows % count):
+        raise ValueError(f"scales {list(scale.shape)} do not fit int8 {list(tensor.shape)}")
+    first = flat[:count]
+    # a scale for several rows, or several for a row
+    scales = first.repeat_interleave(rows // count)[:, None] if count < rows else first.reshape(rows, -1)
+    return Integers(8, tensor.detach(), scales.contiguous())
+
+
+def as_parts(parameters: Mapping[str, Parameter]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Tensors alone, integers as named parts; and the bits of each of these.
+
+    Raises CheckpointError if a part would take the name of another parameter.
+    """
+    tensors, bits = {}, {}
+    for name, parameter in parameters.items():
+        parts = {name: parameter} if isinstance(parameter, Tensor) else _parts(name, parameter)
+        if taken := parts.keys() & (tensors.keys() | parameters.keys() - {name}):
+            raise CheckpointError(f"{min(taken)} is the name of two tensors")
+        if not isinstance(parameter, Tensor):
+            bits[name] = parameter.bits
+        tensors |= parts
+    return tensors, bits
+
+
+def _parts(name: str, integers: Integers) -> dict[str, Tensor]:
+    parts = {name: integers.values, name + SCALE: integers.scale, name + OFFSET: integers.offset}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def checked_bits(bits: object, names: set[str], file: str) -> dict[str, Literal[8, 4]]:
+    """Which of `names` are integers, and of how many bits, from a file's metadata. CheckpointError if it cannot be."""
+    if not isinstance(bits, dict):
+        raise CheckpointError(f"{file}: the table of integers is no JSON object")
+    for name, value in bits.items():
+        if isinstance(value, bool) or value not in (8, 4):
+            raise CheckpointError(f"{file}: {name} has integers of {value!r} bits; 8 and 4 are read")
+        if missing := {name, name + SCALE} - names:
+            raise CheckpointError(f"{file} lacks {min(missing)}")
+    return bits
+
+
+def part_names(bits: Mapping[str, int]) -> set[str]:
+    """Names of scales and offsets, which are no parameters of their own."""
+    return {name + part for name in bits for part in (SCALE, OFFSET)}
+
+
+def of_parts(name: str, tensors: Mapping[str, Tensor], bits: Literal[8, 4], file: str) -> Integers:
+    """The integers of named parts. CheckpointError naming them if they do not fit together."""
+    try:
+        integers = Integers(bits, tensors[name], tensors[name + SCALE], tensors.get(name + OFFSET))
+    except ValueError as error:
+        raise CheckpointError(f"{name} in {file}: {error}") from error
+    if bits == 4 and integers.values.numel() and not -8 <= int(integers.values.min()) <= int(integers.values.max()) < 8:
+        raise CheckpointError(f"{name} in {file}: not all of its integers have 4 bits")
+    return integers
+
+
+def taken(sources: Sequence[Integers], pieces: Sequence[tuple[int, int, int]], dim: int) -> Integers | None:
+    """Rows (dim 0) or columns (dim 1) of integers put together, without rounding anything.
+
+    pieces: (which source, first row or column, how many). None where they have no common form that an op computes.
+    """
+    first = sources[0]
+    if any(source.bits != first.bits or (source.offset is None) != (first.offset is None) for source in sources):
+        return None
+    values = torch.cat([sources[which].values.narrow(dim, start, count) for which, start, count in pieces], dim)
+    if dim == 0:
+        if any(source.scale.shape[1] != first.scale.shape[1] for source in sources):
+            return None
+        scale, offset = (
+            None if part is None else torch.cat([part[which][start : start + count] for which, start, count in pieces])
+            for part in _scales(sources)
+        )
+    else:
+        stored = [source.values.shape[1] // source.scale.shape[1] for source in sources]
+        group = math.gcd(*(number for which, start, count in pieces for number in (stored[which], start, count)))
+        scale, offset = (
+            None if part is None else torch.cat([_columns(part[piece[0]], stored, group, piece) for piece in pieces], 1)
+            for part in _scales(sources)
+        )
+        if scale is not None and all(source.scale.shape[1] == 1 for source in sources) and _is_one(scale, offset):
+            # the parts of a row that has one scale
+            scale, offset = scale[:, :1], None if offset is None else offset[:, :1]
+        elif group % WORD:
+            return None
+    assert scale is not None
+    return Integers(first.bits, values, scale.contiguous(), None if offset is None else offset.contiguous())
+
+
+def _scales(sources: Sequence[Integers]) -> tuple[list[Tensor], list[Tensor] | None]:
+    offsets = [source.offset for source in sources if source.offset is not None]
+    return [source.scale for source in sources], offsets or None
+
+
+def _columns(part: Tensor, stored: Sequence[int], group: int, piece: tuple[int, int, int]) -> Tensor:
+    """Scales of a piece's columns, from one for as many of them as are `stored` together to one for `group`."""
+    which, start, count = piece
+    return part.repeat_interleave(stored[which] // group, dim=1)[:, start // group : (start + count) // group]
+
+
+def _is_one(*parts: Tensor | None) -> bool:
+    return all(part is None or torch.equal(part, part[:, :1].expand_as(part)) for part in parts)
