@@ -27,7 +27,7 @@ OURS = {*MAY_IMPORT, "tandem", "tests"}
 # package -> the only places that may import it
 ONLY_IN = {
     "triton": ("kernels/",),
-    "transformers": ("shared/model_convert.py",),
+    "transformers": ("shared/model_convert.py", "shared/engine/hugging_face.py"),
     "nixl": ("shared/transport/",),
     "cuda": ("shared/transport/",),
 }

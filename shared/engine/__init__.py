@@ -1,6 +1,7 @@
 """The engine: what the workers drive, and what `init_inference` makes of a model."""
 
 from shared.engine.engine import Engine, Memory
+from shared.engine.inference import InferenceEngine, init_inference
 from shared.engine.plan import EnginePlan
 
-__all__ = ["Engine", "EnginePlan", "Memory"]
+__all__ = ["Engine", "EnginePlan", "InferenceEngine", "Memory", "init_inference"]

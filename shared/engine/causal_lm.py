@@ -102,7 +102,7 @@ class CausalLM:
             weakref.finalize(past_key_values, past_key_values.session.close)
         elif not isinstance(past_key_values, KvSessionCache):
             raise ValueError(
-                f"past_key_values: wants the cache that an earlier call returned, has a {type(past_key_values).__name__}"
+                f"past_key_values: wants what an earlier call returned, has a {type(past_key_values).__name__}"
             )
         session = past_key_values.session
         if position_ids is not None:
@@ -142,9 +142,9 @@ def _refuse(kwargs: dict[str, Any]) -> None:
 
 def _num_blocks(layout: KvLayout, max_context: int, min_tokens: int, device: str) -> int:
     """Of the first pool. Raises RuntimeError where there is no memory for the least that is asked for."""
-    free = (
-        torch.cuda.mem_get_info()[0] if device == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    )
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
     affordable = free // 2 // layout.block_bytes
     least = -(-min_tokens // layout.block_tokens) + 1
     if affordable < least:

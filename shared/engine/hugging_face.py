@@ -5,11 +5,12 @@ The one file of the engine that imports transformers; that takes seconds, and no
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shared.engine.session import Session
@@ -70,6 +71,17 @@ def shell_of(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, *
     if getattr(model, "generation_config", None) is not None:
         shell.generation_config = model.generation_config
     return shell.eval()
+
+
+def model_on_meta(folder: Path) -> PreTrainedModel:
+    """The causal language model of a folder's config.json, without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def model_from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """As transformers loads it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def asked_of_generation(module: nn.Module, arguments: dict[str, Any]) -> GenerationConfig:

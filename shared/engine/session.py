@@ -1,12 +1,13 @@
 """The sequences of a batch between two calls of a model: what of them is in the cache, and where.
 
-A batch is a rectangle of tokens in which a mask says which are real; the engine knows ragged sequences alone. So of each
-row the real tokens are fed, wherever padding stands, and their positions count from the row's first one.
+A batch is a rectangle of tokens in which a mask says which are real; the engine knows ragged sequences alone. So of
+each row the real tokens are fed, wherever padding stands, and their positions count from the row's first one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class Session:
         """Tokens of each row in the cache."""
         return self._real.sum(1).tolist()
 
-    def feed(self, token_ids: Tensor, mask: Tensor | None, wants: str) -> Tensor:
+    def feed(self, token_ids: Tensor, mask: Tensor | None, wants: Literal["last", "all"]) -> Tensor:
         """Computes the next columns; float32 logits [rows, columns, vocab], or of the last column with wants "last".
 
         token_ids int64 [rows, columns]; mask [rows, columns so far and these], None: all of them are tokens. A column
