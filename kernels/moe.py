@@ -261,9 +261,7 @@ def grouped_linear_reference(x: Tensor, weight: Tensor, experts: Tensor, pair_we
     return y if pair_weights is None else y * pair_weights.view(-1, 1).to(x.dtype)
 
 
-def combine_reference(
-    y: Tensor, k: int, shared: Tensor | None = None, shared_gate: Tensor | None = None
-) -> Tensor:
+def combine_reference(y: Tensor, k: int, shared: Tensor | None = None, shared_gate: Tensor | None = None) -> Tensor:
     """The sums in plain torch, in the dtype of its inputs."""
     total = y.unflatten(0, (len(y) // k, k)).sum(1)
     if shared is None:
