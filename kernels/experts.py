@@ -61,7 +61,7 @@ class ExpertWeights:
     def _take(self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
         self.num_experts, self.out_features, self.in_features = shape
         self.dtype, self._tensors = dtype, dict(tensors)
-        self._first = self.expert(0)
+        self.first = self.expert(0)  # where the memory of all begins
 
     @property
     def packed(self) -> Tensor:
@@ -70,12 +70,12 @@ class ExpertWeights:
 
     @property
     def quantization(self) -> Quantization | None:
-        return self._first.quantization
+        return self.first.quantization
 
     @property
     def description(self) -> str:
         """How it is packed, for logs and errors."""
-        return f"{self.num_experts} experts of {self._first.description}"
+        return f"{self.num_experts} experts of {self.first.description}"
 
     @property
     def num_bytes(self) -> int:
