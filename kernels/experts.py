@@ -6,7 +6,7 @@ lies as the Triton kernel reads it, [experts, out, in], and is not quantized: th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from kernels.quantization import Integers, Quantization
 
 
 class ExpertWeights:
-    """Weights [experts, out, in]. They are packed one by one as they come: a generator's never lie side by side.
+    """Weights [experts, out, in], packed one by one as they come: those of a generator are never all in memory.
 
     weights: of each expert, in order, [out, in]; the copy replaces the originals, which may be freed.
     Raises ValueError for another number of them, for weights that differ in shape or dtype, and what LinearWeight does.
@@ -34,31 +34,34 @@ class ExpertWeights:
         weights._pack((LinearWeight.of_integers(one, None, dtype) for one in integers), num_experts)
         return weights
 
-    def _pack(self, linears: Iterable[LinearWeight], num_experts: int) -> None:
+    def _pack(self, linears: Iterator[LinearWeight], num_experts: int) -> None:
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
         tensors: dict[str, Tensor] = {}
-        kind, dtype, found = (), torch.float32, 0
-        for linear in linears:
-            dtype = linear.dtype
-            parts, of_this = linear.tensors(), (linear.description, linear.out_features, linear.in_features)
-            if not found:
-                if linear.quantization and packing(dtype, linear.packed) == "rows":
-                    raise ValueError(f"{linear.description}: quantized experts are a CPU's alone")
-                kind = of_this
+        kinds: set[tuple[str, torch.dtype, int, int]] = set()
+        for expert in range(num_experts):
+            linear = next(linears, None)
+            if linear is None:
+                raise ValueError(f"there must be weights of {num_experts} experts, got {expert}")
+            kinds.add((linear.description, linear.dtype, linear.out_features, linear.in_features))
+            if len(kinds) > 1:
+                raise ValueError(f"the weights of experts must be alike, up to expert {expert} they are {kinds}")
+            if linear.quantization and packing(linear.dtype, linear.packed) == "rows":
+                raise ValueError(f"{linear.description}: quantized experts are a CPU's alone")
+            parts = linear.tensors()
+            if not tensors:
                 tensors = {field: part.new_empty(num_experts, *part.shape) for field, part in parts.items()}
-            if of_this != kind:
-                raise ValueError(f"the weights of experts must be alike: number {found} is {of_this}, 0 is {kind}")
-            if found < num_experts:
-                for field, part in parts.items():
-                    tensors[field][found] = part
-            found += 1
-        if found != num_experts or not found:
-            raise ValueError(f"there must be a weight for each of {num_experts} experts, got {found}")
-        self._take(tensors, (num_experts, *kind[1:]), dtype)
+            for field, of_all in tensors.items():
+                of_all[expert] = parts[field]
+        if next(linears, None) is not None:
+            raise ValueError(f"there must be weights of {num_experts} experts, got more")
+        _, dtype, out_features, in_features = kinds.pop()
+        self._take(tensors, (num_experts, out_features, in_features), dtype)
 
     def _take(self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
         self.num_experts, self.out_features, self.in_features = shape
         self.dtype, self._tensors = dtype, dict(tensors)
-        self._first = self.expert(0)
+        self.first = self.expert(0)  # where the memory of all begins
 
     @property
     def packed(self) -> Tensor:
@@ -67,12 +70,12 @@ class ExpertWeights:
 
     @property
     def quantization(self) -> Quantization | None:
-        return self._first.quantization
+        return self.first.quantization
 
     @property
     def description(self) -> str:
         """How it is packed, for logs and errors."""
-        return f"{self.num_experts} experts of {self._first.description}"
+        return f"{self.num_experts} experts of {self.first.description}"
 
     @property
     def num_bytes(self) -> int:

@@ -177,7 +177,7 @@ def grouped_linear(
 
         launch(x, weight.packed, routing, pair_weights, out)
     elif c_linear(
-        "tandem_grouped_linear", x, weight.expert(0), out,
+        "tandem_grouped_linear", x, weight.first, out,
         routing.sorted_pairs.data_ptr(), routing.counts.data_ptr(), routing.offsets.data_ptr(), routing.num_experts,
         len(out) // max(len(x), 1), _address(pair_weights), weight.packed[0].numel() * weight.packed.element_size(),
     ):  # fmt: skip

@@ -271,7 +271,8 @@ def _drawn(engine: Engine, entries: list[BatchEntry], position: int = 0) -> list
 def _step_bytes(weights: ModelWeights, layout: KvLayout, kv_tokens: int) -> float:
     """What a step has to read; a few rows of the embedding count for nothing."""
     linears = [part for layer in weights.layers for part in vars(layer).values() if isinstance(part, LinearWeight)]
-    weight_bytes = sum(weight.num_bytes for weight in (*linears, weights.lm_head))
+    head = [weights.lm_head] if weights.lm_head else []
+    weight_bytes = sum(weight.num_bytes for weight in (*linears, *head))
     return weight_bytes + kv_tokens * layout.block_bytes / layout.block_tokens
 
 

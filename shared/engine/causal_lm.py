@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shared.engine.engine import Engine
 from shared.engine.plan import EnginePlan
@@ -39,7 +39,7 @@ class CausalLM:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         architecture: Architecture,
         weights: ModelWeights,
         limits: Limits,
@@ -47,7 +47,7 @@ class CausalLM:
         device: str,
         enable_cuda_graph: bool,
     ) -> None:
-        """model: whose class and configuration `module` has; its weights are not looked at."""
+        """model: a PreTrainedModel whose class and configuration `module` has; its weights are not looked at."""
         from shared.engine.hugging_face import shell_of
 
         dtype = weights.embedding.dtype

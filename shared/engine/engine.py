@@ -171,12 +171,12 @@ def _load_weights(plan: EnginePlan) -> ModelWeights:
     dtype = DTYPES[plan.dtype]
 
     def load() -> ModelWeights:
-        checkpoint = open_checkpoint(plan.files, allow_pickle=plan.allow_pickle)
+        checkpoint = open_checkpoint(plan.model_files, allow_pickle=plan.allow_pickle)
         return load_weights(
             plan.architecture, checkpoint, dtype=dtype, device=plan.device, quantization=plan.quantization
         )
 
-    num_bytes = sum(path.stat().st_size for path in plan.files.weights.paths)
+    num_bytes = sum(path.stat().st_size for path in plan.model_files.weights.paths)
     if num_bytes < MIN_BYTES or plan.device != "cpu":
         weights = load()
     else:

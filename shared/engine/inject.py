@@ -46,7 +46,7 @@ def inject(model: Any, config: InferenceConfig) -> Injection:
     if not config.replace_with_kernel_inject:
         return _as_it_is(model, config, device)
     policy = _policy(model, config)
-    fields = model.config.to_dict()
+    fields = _fields(model)
     checkpoint = open_any(config.checkpoint, base_dir=config.base_dir) if config.checkpoint else _in_memory(model)
     return _causal_lm(model, policy, fields, checkpoint, config, device)
 
@@ -76,6 +76,11 @@ def _folder(folder: Path, config: InferenceConfig, device: str) -> Injection:
     else:
         checkpoint = open_checkpoint(ModelFiles(folder.name, folder, find_weights(folder), ""))
     return _causal_lm(model, _policy(model, config), read_json(folder / "config.json"), checkpoint, config, device)
+
+
+def _fields(model: Any) -> dict[str, object]:
+    """The model's own config, as config.json has it."""
+    return model.config.to_dict()
 
 
 def _override(model: nn.Module, config: InferenceConfig) -> None:

@@ -71,6 +71,13 @@ class EnginePlan:
         )
 
     @property
+    def model_files(self) -> ModelFiles:
+        """Raises ValueError where the plan has none."""
+        if self.files is None:
+            raise ValueError("this plan names no files: the weights have to be given")
+        return self.files
+
+    @property
     def pool_bytes(self) -> int:
         return self.num_blocks * self.layout.block_bytes
 
