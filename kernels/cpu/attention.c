@@ -201,6 +201,15 @@ static void values_of(int rows, int64_t begin, int64_t end, const float *p, cons
 static void locate(const Call *call, const Item *item, int64_t kv_head, int64_t tile, int64_t begin, int64_t end, Rows *rows) {
     const int32_t *table = call->block_tables + item->sequence * call->table_stride;
     int64_t bytes = element_bytes(call->kept), entry = (tile + begin) / call->block_tokens;
+    if (call->block_tokens == 1) { /* rows of an activation */
+        const char *k = (const char *)call->k_cache + bytes * kv_head * call->k_head;
+        const char *v = (const char *)call->v_cache + bytes * kv_head * call->v_head;
+        for (int64_t j = begin; j < end; j++) {
+            rows->k[j] = k + bytes * call->k_block * table[tile + j];
+            rows->v[j] = v + bytes * call->v_block * table[tile + j];
+        }
+        return;
+    }
     for (int64_t j = begin; j < end; entry++) {
         int64_t offset = tile + j - entry * call->block_tokens;
         int64_t stop = smaller(end, j + call->block_tokens - offset), block = table[entry];
