@@ -6,7 +6,8 @@ K and V are the sequence's keys and values of kv head `h // (heads / kv_heads)`,
 with a sliding window W only positions p - W + 1 .. p count. A soft cap C makes of a scaled score C * tanh(score / C)
 (Gemma 2, arXiv:2408.00118), and ALiBi then adds -slope[h] * (p - key) to it (arXiv:2108.12409). Sequence s owns the
 query tokens cu_seqlens[s] .. cu_seqlens[s + 1], the last ones of its context_lens[s] tokens in the cache: a decode step
-is a query of one token.
+is a query of one token. Where attention is not causal, each of them sees all context_lens[s] tokens, be these more or
+fewer than the queries: an encoder's own, or those of another sequence (cross attention). A query of none gets 0.
 
     q            [tokens, heads, head_dim]
     cache        KvPlanes
@@ -15,6 +16,8 @@ is a query of one token.
     block_tables [seqs, max_blocks] int32; entries beyond the context are never read
     alibi_slopes [heads] float32
     out          [tokens, heads * head_dim]
+
+A block may be a token of an ordinary activation: `dense_attention` attends without a cache.
 
 A row's bits depend on its own query, keys and values alone: not on the neighbours, the chunking or the thread count
 (kernels/cpu/attention.c and kernels/cuda/attention.py say how), nor on CUDA on which of the two kernels computed it.
@@ -45,6 +48,7 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     *,
+    causal: bool = True,
     alibi_slopes: Tensor | None = None,
     soft_cap: float | None = None,
     max_query_len: int | None = None,
@@ -57,16 +61,18 @@ def paged_attention(
     when a tensor breaks the contract and, in C, IndexError when lengths or block tables point outside the cache: on
     CUDA, where nobody reads them on the host, what lies outside is neither read nor written.
 
-    On CUDA alone: alibi_slopes and soft_cap. max_query_len says how many query tokens a sequence has at most: where it
-    is 1, contexts are shared out by splits, with partial results in `workspace`, contiguous float32 of
-    attention_workspace elements (allocated when missing). In C these two change nothing.
+    sliding_window and alibi_slopes ask for a position, which a query has only where attention is causal.
+
+    max_query_len says how many query tokens a sequence has at most: where it is 1, contexts are shared out by splits on
+    CUDA, with partial results in `workspace`, contiguous float32 of attention_workspace elements (allocated when
+    missing). In C these two change nothing.
     """
     tokens, num_heads, head_dim = q.shape
     num_blocks, num_kv_heads, block_tokens, _ = cache.keys.shape
     triton = in_triton("paged_attention", q)
     max_head_dim = _MAX_TRITON_HEAD_DIM if triton else _MAX_HEAD_DIM
     _check(q, cache, cu_seqlens, context_lens, block_tables, sliding_window, max_head_dim)
-    _check_scores(q, alibi_slopes, soft_cap)
+    _check_scores(q, sliding_window, causal, alibi_slopes, soft_cap)
     num_seqs, max_blocks = block_tables.shape
     if max_query_len is not None and tokens > num_seqs * max_query_len:
         raise ValueError(f"max_query_len {max_query_len} and {num_seqs} sequences do not make {tokens} query tokens")
@@ -83,23 +89,75 @@ def paged_attention(
         decode = max_query_len == 1
         workspace = _workspace(workspace, q, num_seqs, max_blocks * block_tokens) if decode else None
         launch(
-            q, cache, cu_seqlens, context_lens, block_tables, scale, sliding_window, alibi_slopes, soft_cap, workspace,
-            out,
+            q, cache, cu_seqlens, context_lens, block_tables, scale, sliding_window, causal, alibi_slopes, soft_cap,
+            workspace, out,
         )  # fmt: skip
         return out
-    if alibi_slopes is not None or soft_cap is not None:
-        raise ValueError("alibi_slopes and soft_cap are CUDA's alone: paged_attention in C has neither")
     failed = library.call("tandem_paged_attention",
         q.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr(), out.data_ptr(),
         cu_seqlens.data_ptr(), context_lens.data_ptr(), block_tables.data_ptr(),
         tokens, num_seqs, max_blocks, block_tables.stride(0), num_blocks, block_tokens,
         *cache.keys.stride()[:3], *cache.values.stride()[:3],
-        num_heads, num_kv_heads, head_dim, sliding_window or 0, float(scale), _DTYPES[q.dtype], torch.get_num_threads(),
-        *cache.c_arguments(),
+        num_heads, num_kv_heads, head_dim, sliding_window or 0, float(scale), float(soft_cap or 0),
+        None if alibi_slopes is None else alibi_slopes.data_ptr(), int(causal), _DTYPES[q.dtype],
+        torch.get_num_threads(), *cache.c_arguments(),
     )  # fmt: skip
     if failed:
         _raise(failed, num_seqs, tokens, cu_seqlens, context_lens)
     return out
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    *,
+    causal: bool,
+    max_seqlen_k: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """paged_attention without a cache: each row of keys and values is a block of one token.
+
+        q             [tokens, heads, head_dim]; copied where it is not contiguous
+        k, v          [kv_tokens, kv_heads, head_dim], any strides but the last: parts of a fused projection, say
+        cu_seqlens_q  [seqs + 1] int32; cu_seqlens_k alike. Where causal, a sequence's queries are its last tokens
+        out           [tokens, heads * head_dim]
+
+    max_seqlen_k is the length of the longest sequence of keys: without it, it is read from cu_seqlens_k, and on CUDA
+    waited for. Raises ValueError naming the tensor that breaks the contract, and what paged_attention raises.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3 or tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"{name} must be {q.dtype} [tokens, heads, head_dim] on {q.device}, "
+                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != k.shape or tensor.stride(2) != 1:
+            raise ValueError(
+                f"{name} must be {list(k.shape)} with its last dimension contiguous, "
+                f"got {list(tensor.shape)} with strides {tensor.stride()}"
+            )
+    for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if tensor.dtype != torch.int32 or tensor.shape != cu_seqlens_q.shape or tensor.dim() != 1 or not len(tensor):
+            raise ValueError(f"{name} must be int32 [seqs + 1] like the other, got {tensor.dtype} {list(tensor.shape)}")
+    context_lens = cu_seqlens_k.diff()
+    if max_seqlen_k is None:
+        max_seqlen_k = int(context_lens.max()) if len(context_lens) else 0
+    rows = torch.arange(max(max_seqlen_k, 1), dtype=torch.int32, device=cu_seqlens_k.device)
+    return paged_attention(
+        q.contiguous(),
+        KvPlanes(k.unsqueeze(2), v.unsqueeze(2)),
+        cu_seqlens_q,
+        context_lens,
+        cu_seqlens_k[:-1, None] + rows,
+        scale,
+        causal=causal,
+        out=out,
+    )
 
 
 def attention_workspace(seqs: int, heads: int, head_dim: int, max_context: int) -> int:
@@ -116,6 +174,7 @@ def paged_attention_reference(
     scale: float,
     sliding_window: int | None = None,
     *,
+    causal: bool = True,
     alibi_slopes: Tensor | None = None,
     soft_cap: float | None = None,
 ) -> Tensor:
@@ -140,7 +199,7 @@ def paged_attention_reference(
         key = torch.arange(context, device=q.device)[None]
         if alibi_slopes is not None:
             scores = scores - alibi_slopes[:, None, None].to(q.dtype) * (position - key)
-        hidden = key > position
+        hidden = (key > position) & causal
         if sliding_window:
             hidden |= key <= position - sliding_window
         out[start:end] = (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values).transpose(0, 1)
@@ -168,7 +227,7 @@ def _check(
     if not q.is_contiguous():
         raise ValueError("q must be contiguous")
     for name, tensor in (("cu_seqlens", cu_seqlens), ("context_lens", context_lens), ("block_tables", block_tables)):
-        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+        if tensor.dtype != torch.int32 or (tensor.stride(-1) != 1 and tensor.numel()):
             raise ValueError(
                 f"{name} must be int32 with its last dimension contiguous, got {tensor.dtype} {tensor.stride()}"
             )
@@ -185,7 +244,12 @@ def _check(
         raise ValueError(f"sliding_window must be at least 1 or None, got {window}")
 
 
-def _check_scores(q: Tensor, alibi_slopes: Tensor | None, soft_cap: float | None) -> None:
+def _check_scores(
+    q: Tensor, window: int | None, causal: bool, alibi_slopes: Tensor | None, soft_cap: float | None
+) -> None:
+    for name, given in (("sliding_window", window), ("alibi_slopes", alibi_slopes)):
+        if given is not None and not causal:
+            raise ValueError(f"{name} needs causal attention: leave it out, or leave out causal=False")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap must be above 0 or None, got {soft_cap}")
     if alibi_slopes is None:

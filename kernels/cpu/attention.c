@@ -12,6 +12,9 @@
  *
  * Elements of a quantized cache are multiplied as they are; the scale of a key is a factor of its score, that of a value of
  * its weight, though not in the sum l.
+ *
+ * Scores that are bent, by a cap or by slopes, are so between both steps of a tile, in a pass of their own: others do not
+ * pay for it.
  */
 #include "kv_format.h"
 #include "team.h"
@@ -38,7 +41,9 @@ typedef struct {
     const int32_t *cu_seqlens, *context_lens, *block_tables;
     int64_t table_stride, k_block, k_head, k_token, v_block, v_head, v_token;
     int64_t num_heads, num_kv_heads, head_dim, block_tokens, window; /* window 0: unlimited */
-    float scale;
+    float scale, cap;    /* cap 0: none */
+    const float *slopes; /* of heads, or NULL */
+    int causal;          /* or each row sees all keys of its sequence */
     int dtype, kept; /* what the cache's elements are: dtype, INT8 or FP8 */
     const float *k_scales, *v_scales;
     int64_t k_scale_strides[3], v_scale_strides[3]; /* of blocks, heads, tokens */
@@ -49,7 +54,7 @@ typedef struct {
 typedef struct {
     int32_t sequence, kv_head, num_kv_heads, first_head, num_heads, first_token, num_tokens;
     int64_t first_position; /* absolute position of first_token */
-    int64_t begin, end;     /* keys that any of its rows sees */
+    int64_t begin, end;     /* keys that any of its rows sees; all of the sequence's where not causal */
     int64_t first_partial;
 } Item;
 
@@ -87,9 +92,11 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t padded(int64_t dim) { return (dim + VL - 1) / VL * VL; }
 INLINE int64_t rows_of(const Item *item) { return (int64_t)item->num_tokens * item->num_heads; }
-INLINE int64_t row_end(const Item *item, int64_t r) { return item->first_position + r / item->num_heads + 1; }
+INLINE int64_t row_end(const Call *call, const Item *item, int64_t r) {
+    return call->causal ? item->first_position + r / item->num_heads + 1 : item->end;
+}
 INLINE int64_t row_begin(const Call *call, const Item *item, int64_t r) {
-    return call->window ? larger(0, row_end(item, r) - call->window) : 0;
+    return call->window ? larger(0, row_end(call, item, r) - call->window) : 0;
 }
 
 static inline float exp_one(float x) { return vf_exp(vf_set1(x))[0]; }
@@ -194,6 +201,15 @@ static void values_of(int rows, int64_t begin, int64_t end, const float *p, cons
 static void locate(const Call *call, const Item *item, int64_t kv_head, int64_t tile, int64_t begin, int64_t end, Rows *rows) {
     const int32_t *table = call->block_tables + item->sequence * call->table_stride;
     int64_t bytes = element_bytes(call->kept), entry = (tile + begin) / call->block_tokens;
+    if (call->block_tokens == 1) { /* rows of an activation */
+        const char *k = (const char *)call->k_cache + bytes * kv_head * call->k_head;
+        const char *v = (const char *)call->v_cache + bytes * kv_head * call->v_head;
+        for (int64_t j = begin; j < end; j++) {
+            rows->k[j] = k + bytes * call->k_block * table[tile + j];
+            rows->v[j] = v + bytes * call->v_block * table[tile + j];
+        }
+        return;
+    }
     for (int64_t j = begin; j < end; entry++) {
         int64_t offset = tile + j - entry * call->block_tokens;
         int64_t stop = smaller(end, j + call->block_tokens - offset), block = table[entry];
@@ -391,6 +407,26 @@ static void multiply_rows(int rows, int64_t first, int64_t last, const float *sc
             vf_store(scores + r * TILE + i * VL, vf_load(scores + r * TILE + i * VL) * vf_load(scales + i * VL));
 }
 
+INLINE int bends(const Call *call) { return call->cap > 0.0f || call->slopes; }
+
+/* Caps the scores of rows g .. g + rows of a kv head, of some vectors of keys, and then takes slope * (position - key) off
+ * each. slopes: of the kv head's heads, or NULL. */
+static void bend_rows(const Call *call, const Item *item, const float *slopes, int64_t g, int rows, int64_t tile, int64_t first,
+                      int64_t last, float *scores) {
+    float ordinals[VL];
+    for (int i = 0; i < VL; i++) ordinals[i] = (float)i;
+    for (int r = 0; r < rows; r++) {
+        float slope = slopes ? slopes[(g + r) % item->num_heads] : 0.0f;
+        int64_t position = item->first_position + (g + r) / item->num_heads;
+        for (int64_t i = first; i < last; i++) {
+            vf score = vf_load(scores + r * TILE + i * VL);
+            if (call->cap > 0.0f) score = call->cap * vf_tanh(score / call->cap);
+            if (slopes) score = vf_fma(vf_set1(slope), vf_load(ordinals) + (float)(tile + i * VL - position), score);
+            vf_store(scores + r * TILE + i * VL, score);
+        }
+    }
+}
+
 #if HAS_PAIRS
 
 INLINE vf dot_pairs(vf sum, __m512i pairs, int32_t value) {
@@ -439,6 +475,13 @@ static void pair_scores(int rows, int64_t vectors, int64_t head_dim, const int32
 #define SCORES_OF(n) case n: pair_rows(n, vectors, 0, head_dim / 2, q, 1, n, keys, TILE, scores, TILE, 0); break;
         SCORES_OF(1) SCORES_OF(2) SCORES_OF(3) SCORES_OF(4) SCORES_OF(5) SCORES_OF(6)
     }
+}
+
+/* scores[r] *= scale and the scales of keys, of `vectors` vectors of keys. */
+static void scale_rows(int rows, int64_t vectors, float scale, const float *k_scales, float *scores) {
+    for (int r = 0; r < rows; r++)
+        for (int64_t i = 0; i < vectors; i++)
+            vf_store(scores + r * TILE + i * VL, vf_load(scores + r * TILE + i * VL) * (scale * vf_load(k_scales + i * VL)));
 }
 
 /* o[r] += the weights of pairs of keys in [begin, end) times their values. */
@@ -581,10 +624,13 @@ INLINE void softmax_pairs(float *scores, float scale, const float *k_scales, con
     *l += sum_lanes((const float *)&sum);
 }
 
-/* What `attend_tile` does on a CPU with AVX-512 BF16. q: of this kv head. */
+/* What `attend_tile` does on a CPU with AVX-512 BF16. q and slopes: of this kv head. */
 INLINE void attend_pairs(const Call *call, const Item *item, int64_t tile, int64_t first, int64_t last, Scratch *own,
-                         const int32_t *q, State state, int kept) {
-    int64_t rows = rows_of(item), head_dim = call->head_dim, padded_dim = padded(head_dim);
+                         const int32_t *q, const float *slopes, State state, int kept) {
+    static const float ones[TILE] = {[0 ... TILE - 1] = 1.0f};
+    int64_t rows = rows_of(item), head_dim = call->head_dim, padded_dim = padded(head_dim), vectors = (last + VL - 1) / VL;
+    float scale = bends(call) ? 1.0f : call->scale; /* what is bent has been scaled before */
+    const float *k_scales = bends(call) ? ones : own->k_scales;
     if (quantized(kept)) {
         pack_key_pair_bytes(own->keys, &own->rows, first, last, own->next, head_dim, kept);
         pack_value_pair_bytes(own->values, &own->rows, first, last, head_dim, kept);
@@ -598,7 +644,7 @@ INLINE void attend_pairs(const Call *call, const Item *item, int64_t tile, int64
         int32_t *weights = own->weights + g * (TILE / 2);
         int64_t from[GROUP], to[GROUP], common_from = 0, common_to = TILE / 2, any = 0; /* pairs */
         for (int r = 0; r < n; r++) {
-            int64_t row_from = larger(row_begin(call, item, g + r) - tile, first), row_to = smaller(row_end(item, g + r) - tile, last);
+            int64_t row_from = larger(row_begin(call, item, g + r) - tile, first), row_to = smaller(row_end(call, item, g + r) - tile, last);
             from[r] = row_from / 2;
             to[r] = row_from < row_to ? (row_to + 1) / 2 : from[r];
             any |= from[r] < to[r];
@@ -606,11 +652,15 @@ INLINE void attend_pairs(const Call *call, const Item *item, int64_t tile, int64
             common_to = smaller(common_to, to[r]);
         }
         if (!any) continue;
-        pair_scores(n, (last + VL - 1) / VL, head_dim, q + g * (head_dim / 2), own->keys, scores);
+        pair_scores(n, vectors, head_dim, q + g * (head_dim / 2), own->keys, scores);
+        if (bends(call)) {
+            scale_rows(n, vectors, call->scale, quantized(kept) ? own->k_scales : ones, scores);
+            bend_rows(call, item, slopes, g, n, tile, 0, vectors, scores);
+        }
         for (int r = 0; r < n; r++)
             if (from[r] < to[r])
-                softmax_pairs(scores + r * TILE, call->scale, own->k_scales, own->v_scales,
-                              larger(row_begin(call, item, g + r) - tile, first), smaller(row_end(item, g + r) - tile, last),
+                softmax_pairs(scores + r * TILE, scale, k_scales, own->v_scales,
+                              larger(row_begin(call, item, g + r) - tile, first), smaller(row_end(call, item, g + r) - tile, last),
                               weights + r * (TILE / 2), &state.m[g + r], &state.l[g + r], o + r * padded_dim, padded_dim,
                               quantized(kept));
         int shared = common_from < common_to;
@@ -625,9 +675,9 @@ INLINE void attend_pairs(const Call *call, const Item *item, int64_t tile, int64
 
 #endif
 
-/* What the keys [first, last) of a tile, found in own->rows, do to the rows of one kv head. q: of this kv head. */
+/* What the keys [first, last) of a tile, found in own->rows, do to the rows of one kv head. q and slopes: of this kv head. */
 static void attend_tile(const Call *call, const Item *item, int64_t tile, int64_t first, int64_t last, Scratch *own, const float *q,
-                        State state) {
+                        const float *slopes, State state) {
     int64_t rows = rows_of(item), head_dim = call->head_dim, padded_dim = padded(head_dim);
     int scaled = quantized(call->kept);
     if (call->kept == INT8) {
@@ -649,7 +699,7 @@ static void attend_tile(const Call *call, const Item *item, int64_t tile, int64_
         int64_t from[GROUP], to[GROUP], common_from = 0, common_to = TILE, any = 0;
         for (int r = 0; r < n; r++) {
             from[r] = larger(row_begin(call, item, g + r) - tile, first);
-            to[r] = smaller(row_end(item, g + r) - tile, last);
+            to[r] = smaller(row_end(call, item, g + r) - tile, last);
             any |= from[r] < to[r];
             common_from = larger(common_from, from[r]);
             common_to = smaller(common_to, to[r]);
@@ -657,6 +707,7 @@ static void attend_tile(const Call *call, const Item *item, int64_t tile, int64_
         if (!any) continue;
         scores_of(n, first / VL, (last + VL - 1) / VL, head_dim, q + g * head_dim, own->keys, scores);
         if (scaled) multiply_rows(n, first / VL, (last + VL - 1) / VL, own->k_scales, scores);
+        if (bends(call)) bend_rows(call, item, slopes, g, n, tile, first / VL, (last + VL - 1) / VL, scores);
         for (int r = 0; r < n; r++)
             if (from[r] < to[r])
                 softmax_row(scores + r * TILE, from[r], to[r], &state.m[g + r], &state.l[g + r], o + r * padded_dim, padded_dim);
@@ -694,18 +745,19 @@ static void attend(const Call *call, const Item *item, int64_t begin, int64_t en
         own->next = &next;
         for (int64_t h = 0; h < item->num_kv_heads; h++) {
             State part = rows_from(state, h * rows, padded_dim);
+            const float *slopes = call->slopes ? call->slopes + item->first_head + h * (call->num_heads / call->num_kv_heads) : NULL;
             locate(call, item, item->kv_head + h, tile, first, last, &own->rows);
             if (quantized(call->kept)) read_scales(call, item, item->kv_head + h, tile, first, last, own);
 #if HAS_PAIRS
             if (call->dtype == BFLOAT16) {
                 const int32_t *q = (const int32_t *)own->q + h * rows * (head_dim / 2);
-                if (call->kept == INT8) attend_pairs(call, item, tile, first, last, own, q, part, INT8);
-                else if (call->kept == FP8) attend_pairs(call, item, tile, first, last, own, q, part, FP8);
-                else attend_pairs(call, item, tile, first, last, own, q, part, BFLOAT16);
+                if (call->kept == INT8) attend_pairs(call, item, tile, first, last, own, q, slopes, part, INT8);
+                else if (call->kept == FP8) attend_pairs(call, item, tile, first, last, own, q, slopes, part, FP8);
+                else attend_pairs(call, item, tile, first, last, own, q, slopes, part, BFLOAT16);
                 continue;
             }
 #endif
-            attend_tile(call, item, tile, first, last, own, own->q + h * rows * head_dim, part);
+            attend_tile(call, item, tile, first, last, own, own->q + h * rows * head_dim, slopes, part);
         }
         while (next.step < (next.last + 7) / 8 * next.heads) fetch(&next);
     }
@@ -718,7 +770,7 @@ static void merge(const Call *call, const Item *item, int64_t begin, int64_t end
         int64_t within = r % rows_of(item), from = row_begin(call, item, within);
         float *o = total.o + r * padded_dim;
         const float *other = part.o + r * padded_dim;
-        if (larger(from, begin) >= smaller(row_end(item, within), end)) continue;
+        if (larger(from, begin) >= smaller(row_end(call, item, within), end)) continue;
         if (from >= begin) {
             total.m[r] = part.m[r];
             total.l[r] = part.l[r];
@@ -762,8 +814,9 @@ static void load_queries(const Call *call, const Item *item, float *q) {
 static void store(const Call *call, const Item *item, State total) {
     for (int64_t r = 0; r < rows_of(item) * item->num_kv_heads; r++) {
         int64_t element = row_element(call, item, r);
+        float sum = total.l[r] == 0.0f ? 1.0f : total.l[r]; /* 0: of no keys at all */
         for (int64_t d = 0; d < call->head_dim; d += 8)
-            write8(call->out, element + d, 8, call->dtype, v8_load(total.o + r * padded(call->head_dim) + d) / total.l[r]);
+            write8(call->out, element + d, 8, call->dtype, v8_load(total.o + r * padded(call->head_dim) + d) / sum);
     }
 }
 
@@ -822,7 +875,7 @@ static int64_t list_items(const Call *call, int64_t num_seqs, int whole, Item *i
                                  (int32_t)smaller(heads, group - first), (int32_t)t, (int32_t)smaller(tokens, length - t), cached + t,
                                  0, 0, 0};
                     item.begin = row_begin(call, &item, 0);
-                    item.end = cached + t + item.num_tokens;
+                    item.end = call->causal ? cached + t + item.num_tokens : call->context_lens[s];
                     items[count] = item;
                 }
     }
@@ -862,25 +915,33 @@ static void share_chunk(const void *argument, int64_t chunk) {
     }
 }
 
+/* The hyperbolic tangent alone, for the test of its accuracy: x, y; count, a multiple of 16. */
+int64_t tandem_tanh(const Arg *a) {
+    const float *x = a[0].p;
+    float *y = a[1].p;
+    for (int64_t i = 0; i < a[2].i; i += VL) vf_store(y + i, vf_tanh(vf_load(x + i)));
+    return 0;
+}
+
 /* q, k_cache, v_cache, out, cu_seqlens, context_lens, block_tables; num_tokens, num_seqs, max_blocks, table_stride,
- * num_blocks, block_tokens; strides of both caches; num_heads, num_kv_heads, head_dim, window; scale; dtype, threads; what the
- * caches' elements are kept as; scales of keys and values or NULL, and their strides.
+ * num_blocks, block_tokens; strides of both caches; num_heads, num_kv_heads, head_dim, window; scale, cap or 0, slopes or NULL,
+ * causal; dtype, threads; what the caches' elements are kept as; scales of keys and values or NULL, and their strides.
  * Returns 0, -1 without memory, or 1 + the first sequence whose lengths or block table are out of range, num_seqs + 1 for the
  * ends of cu_seqlens (nothing is written then). */
 int64_t tandem_paged_attention(const Arg *a) {
     const int32_t *cu_seqlens = a[4].p, *context_lens = a[5].p, *block_tables = a[6].p;
     int64_t num_tokens = a[7].i, num_seqs = a[8].i, max_blocks = a[9].i, table_stride = a[10].i, num_blocks = a[11].i;
-    int64_t block_tokens = a[12].i, window = a[22].i, threads = a[25].i;
+    int64_t block_tokens = a[12].i, window = a[22].i, threads = a[28].i;
     const Call call = {
         a[0].p, a[1].p, a[2].p, a[3].p, cu_seqlens, context_lens, block_tables, table_stride, a[13].i, a[14].i, a[15].i, a[16].i,
-        a[17].i, a[18].i, a[19].i, a[20].i, a[21].i, block_tokens, window, (float)a[23].d, (int)a[24].i,
-        (int)a[26].i, a[27].p, a[28].p, {a[29].i, a[30].i, a[31].i}, {a[32].i, a[33].i, a[34].i},
+        a[17].i, a[18].i, a[19].i, a[20].i, a[21].i, block_tokens, window, (float)a[23].d, (float)a[24].d, a[25].p,
+        (int)a[26].i, (int)a[27].i, (int)a[29].i, a[30].p, a[31].p, {a[32].i, a[33].i, a[34].i}, {a[35].i, a[36].i, a[37].i},
     };
     int64_t work = 0;
     if (cu_seqlens[0] != 0 || cu_seqlens[num_seqs] != num_tokens) return num_seqs + 1;
     for (int64_t s = 0; s < num_seqs; s++) {
         int64_t length = cu_seqlens[s + 1] - cu_seqlens[s], context = context_lens[s];
-        if (length < 0 || context < length || context > max_blocks * block_tokens) return s + 1;
+        if (length < 0 || context < (call.causal ? length : 0) || context > max_blocks * block_tokens) return s + 1;
         if (length == 0) continue;
         int64_t oldest = window ? larger(0, context - length + 1 - window) : 0;
         for (int64_t i = oldest / block_tokens; i * block_tokens < context; i++) {
@@ -909,7 +970,7 @@ int64_t tandem_paged_attention(const Arg *a) {
         for (int64_t i = 0; i < num_items; i++) merge_item(&call, &items[i], share.partials);
     } else {
         /* items of a decode step are small: a thread takes several, and fetches the next one's keys */
-        share.strip = larger(1, smaller(num_items / (4 * threads), STRIP_WORK * num_items / work));
+        share.strip = larger(1, smaller(num_items / (4 * threads), STRIP_WORK * num_items / larger(1, work)));
         team_run(threads, (num_items + share.strip - 1) / share.strip, share_chunk, &share);
     }
     return 0;

@@ -123,6 +123,7 @@ def _prefill(
     k_scales, v_scales, k_scale_block, k_scale_head, v_scale_block, v_scale_head, k_scale_token, v_scale_token,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WIDTH: tl.constexpr, CAPS: tl.constexpr, ALIBI: tl.constexpr, WINDOWED: tl.constexpr, FORM: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of ROWS rows, kv heads. Row r of a sequence: token r // GROUP, head r % GROUP of the kv head."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # a sequence's last tile sees the most keys: it starts first
@@ -142,11 +143,15 @@ def _prefill(
     within = (rows < length * GROUP)[:, None] & _columns(columns, HEAD_DIM)
     queries = tl.load(q + base + offsets, within, other=0.0)
     slopes = tl.load(alibi_slopes + kv_head * GROUP + rows % GROUP) * _LOG2_E if ALIBI else 0.0
-    before = tl.load(context_lens + sequence) - length
-    positions = before + rows // GROUP
-
+    context = tl.load(context_lens + sequence)
+    before = context - length
     last_row = tl.minimum(first_row + ROWS, length * GROUP) - 1
-    last = tl.minimum(before + last_row // GROUP + 1, max_blocks * BLOCK_TOKENS)
+    if CAUSAL:
+        positions = before + rows // GROUP
+        last = tl.minimum(before + last_row // GROUP + 1, max_blocks * BLOCK_TOKENS)
+    else:  # every row sees what the last one sees
+        positions = tl.zeros([1], tl.int32) + (context - 1)
+        last = tl.minimum(context, max_blocks * BLOCK_TOKENS)
     first = tl.maximum(before + first_row // GROUP - window + 1, 0) if WINDOWED else 0
     keys, values = k_cache + kv_head * k_head, v_cache + kv_head * v_head
     key_scales = k_scales + kv_head * k_scale_head if FORM != "plain" else k_scales
@@ -174,7 +179,8 @@ def _decode(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WIDTH: tl.constexpr, CAPS: tl.constexpr, ALIBI: tl.constexpr, WINDOWED: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """Grid: sequences of one query token * tiles of a kv head's ROWS heads, kv heads, splits."""
+    """Grid: sequences of one query token * tiles of a kv head's ROWS heads, kv heads, splits. Causal or not, the token
+    sees its whole context."""
     tiles: tl.constexpr = (GROUP + ROWS - 1) // ROWS
     sequence = tl.program_id(0) // tiles
     split = tl.program_id(2)
@@ -246,6 +252,7 @@ def paged_attention(
     block_tables: Tensor,
     scale: float,
     sliding_window: int | None,
+    causal: bool,
     alibi_slopes: Tensor | None,
     soft_cap: float | None,
     workspace: Tensor | None,
@@ -278,6 +285,7 @@ def paged_attention(
     }
     if workspace is None:
         grid = (tokens * group // tiles.rows + seqs if seqs else 0, num_kv_heads)
+        constants |= {"CAUSAL": causal, "maxnreg": _max_registers(causal)}
         launch(_prefill, grid, *arguments, out, seqs, *scale_arguments(cache), **constants)
         return
     splits = triton.cdiv(max_blocks * block_tokens, SPLIT_TOKENS)
@@ -325,21 +333,23 @@ def _tiles(capability: int, dtype: torch.dtype, width: int, form: str, *, decode
 def variants(capability: int) -> list[Variant]:
     """Groups are SmolLM2's for a head_dim of 64, Llama-3.1-8B's for the others.
 
-    Caps are Gemma's, windows Gemma's, Mistral's and Phi-3's, slopes BLOOM's.
+    Caps are Gemma's, windows Gemma's, Mistral's and Phi-3's, slopes BLOOM's; dense ones are for encoders and UNets.
     """
-    plain, windowed, capped, alibi = (), ("windowed",), ("capped",), ("alibi",)
+    plain, windowed, capped, alibi, dense = (), ("windowed",), ("capped",), ("alibi",), ("dense",)
     found = []
     for head_dim, options in {
-        64: (plain, windowed, alibi),
-        80: (plain,),
+        40: (dense,),
+        64: (plain, windowed, alibi, dense),
+        80: (plain, dense),
         96: (plain, windowed),
         128: (plain, windowed, capped, windowed + capped, alibi),
+        160: (dense,),
         256: (plain, windowed, capped, windowed + capped),
     }.items():
         for option in options:
             found += _variants(capability, "bf16", head_dim, option)
     for head_dim in (64, 128):
-        for option in (plain, windowed):
+        for option in (plain, windowed, dense):
             found += _variants(capability, "fp32", head_dim, option)
         for element in ("bf16", "fp32"):
             for form in GREATEST:
@@ -350,8 +360,8 @@ def variants(capability: int) -> list[Variant]:
 def _variants(
     capability: int, element: str, head_dim: int, options: tuple[str, ...], form: str = "plain"
 ) -> list[Variant]:
-    """Prefill, decode, and where it is not that of another, _reduce."""
-    windowed, capped, alibi = (option in options for option in ("windowed", "capped", "alibi"))
+    """Prefill, decode, and where it is not that of another, _reduce. Of dense ones prefill, which computes them all."""
+    windowed, capped, alibi, dense = (option in options for option in ("windowed", "capped", "alibi", "dense"))
     width = _width(head_dim)
     name = " ".join((element, str(head_dim), *options, *(() if form == "plain" else ("of", form))))
     scales, scale_constants = scale_types(form)
@@ -369,9 +379,11 @@ def _variants(
         "window": "i32",
     }
     partials = {"states": "*fp32", "outputs": "*fp32"}
-    shapes = {"HEAD_DIM": head_dim, "BLOCK_TOKENS": 16, "WIDTH": width, "WINDOWED": windowed}
+    # heads of a dense row lie side by side
+    aligned = tuple(stride for stride in strides if not (dense and head_dim % 16 and stride in ("k_head", "v_head")))
+    shapes = {"HEAD_DIM": head_dim, "BLOCK_TOKENS": 1 if dense else 16, "WIDTH": width, "WINDOWED": windowed}
     found = []
-    for decodes in (False, True):
+    for decodes in (False,) if dense else (False, True):
         dtype = torch.float32 if element == "fp32" else torch.bfloat16
         tiles = _tiles(capability, dtype, width, form, decode=decodes)
         found.append(
@@ -381,21 +393,23 @@ def _variants(
                 arguments={**arguments, **(partials if decodes else {"out": f"*{element}", "seqs": "i32"}), **scales},
                 constants={
                     **shapes,
-                    "GROUP": 3 if head_dim == 64 else 4,
+                    "GROUP": 1 if dense else 3 if head_dim == 64 else 4,
                     "ROWS": tiles.rows,
                     "KEYS": tiles.keys,
                     "CAPS": capped,
                     "ALIBI": alibi,
                     "FORM": form,
+                    **({} if decodes else {"CAUSAL": not dense}),
                     **scale_constants,
                 },
-                aligned=(*strides, *scales),
+                aligned=(*aligned, *scales),
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
+                max_registers=_max_registers(not dense),
                 matrix=element == "bf16",
             )
         )
-    if not capped and not alibi and form == "plain":
+    if not capped and not alibi and not dense and form == "plain":
         numbers = dict.fromkeys(("tokens", "max_blocks", "splits", "window"), "i32")
         found.append(
             Variant(
@@ -407,6 +421,12 @@ def _variants(
             )
         )
     return found
+
+
+def _max_registers(causal: bool) -> int | None:
+    """Of a thread: where it is not causal, all that it can have. Without a bound ptxas spills some of them there, to
+    have room for another program beside this one."""
+    return None if causal else 255
 
 
 def _width(head_dim: int) -> int:

@@ -75,6 +75,7 @@ def compile_variant(capability: int, variant: Variant) -> Compiled:
             "num_warps": variant.num_warps,
             "num_stages": variant.num_stages,
             "enable_fp_fusion": knobs.language.default_fp_fusion,
+            "maxnreg": variant.max_registers,
         },
     )
     registers, spilled = _resources(compiled.asm["cubin"])

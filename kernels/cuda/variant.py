@@ -15,6 +15,7 @@ class Variant:
 
     arguments: in the kernel's order, Triton's types ("*bf16", "i32", "fp32"); pointers are multiples of 16 bytes, and
     so are the integers named in `aligned`.
+    max_registers: of a thread; None leaves it to ptxas.
     matrix: its hot loop has to use the matrix units, which on sm_90 means wgmma.
     """
 
@@ -25,4 +26,5 @@ class Variant:
     aligned: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None
     matrix: bool = False

@@ -93,10 +93,8 @@ def _policy(model: nn.Module, config: InferenceConfig) -> Policy:
     if isinstance(config.injection_policy, Policy):
         return config.injection_policy
     if getattr(model, "config", None) is None:
-        raise ValueError(
-            "model: has no config, so nothing says how it is made; give a Policy, or leave out kernel_inject"
-        )
-    return policy_for(model.config.to_dict())
+        raise ValueError("model: has no config that says how it is made; give a Policy, or leave out kernel_inject")
+    return policy_for(_fields(model))
 
 
 def _in_memory(model: nn.Module) -> Checkpoint:

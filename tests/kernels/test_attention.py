@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention_workspace, paged_attention, paged_attention_reference
+from kernels.cpu import library
 from kernels.kv_format import GREATEST, KvFormat, KvPlanes, quantize_rows
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 FORMS = pytest.mark.parametrize("form", GREATEST)
+BENT = pytest.mark.parametrize(
+    ("slopes", "soft_cap", "window"),
+    [(True, None, None), (True, None, 30), (False, 5.0, None), (False, 5.0, 30), (True, 5.0, 30)],
+)
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
 
 
@@ -388,18 +393,80 @@ def test_decode_has_the_bits_of_prefill_with_the_tiles_of_every_gpu(
 
 
 @DTYPES
-@pytest.mark.parametrize(("slopes", "soft_cap", "window"), [(True, None, None), (False, 5.0, 30), (True, 5.0, 30)])
+@BENT
 def test_alibi_and_soft_caps_match_the_reference(
-    in_triton: str, slopes: bool, soft_cap: float | None, window: int | None, dtype: torch.dtype
+    on: str, slopes: bool, soft_cap: float | None, window: int | None, dtype: torch.dtype
 ) -> None:
-    case = make_case([90], 4, 2, 64, dtype, window, device=in_triton, slopes=slopes, soft_cap=soft_cap)
+    case = make_case([90], 4, 2, 64, dtype, window, device=on, slopes=slopes, soft_cap=soft_cap)
     out, expected = case.run([(0, 60, 90)]), case.run([(0, 60, 90)], reference=True)
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert torch.equal(case.step(60, 64, 89), out[[0, 4, 29]])
 
 
-def test_a_soft_cap_bounds_large_scores_and_keeps_a_nan(in_triton: str) -> None:
-    case = make_case([40], 2, 1, device=in_triton, soft_cap=30.0)
+@DTYPES
+@FORMS
+@pytest.mark.parametrize(("slopes", "soft_cap"), [(True, None), (False, 5.0)])
+def test_alibi_and_soft_caps_of_a_quantized_cache_match_the_reference(
+    on: str, slopes: bool, soft_cap: float | None, form: str, dtype: torch.dtype
+) -> None:
+    case = make_case([50], 6, 2, 40, dtype, device=on, slopes=slopes, soft_cap=soft_cap, form=form)
+    out, expected = case.run([(0, 40, 50)]), case.run([(0, 40, 50)], reference=True)
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert torch.equal(case.step(49), out[9:])
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("slopes", "soft_cap", "window", "form"),
+    [(True, None, None, "plain"), (False, 5.0, 30, "plain"), (True, 5.0, None, "plain"), (True, 5.0, 30, "int8")],
+)
+def test_rows_with_alibi_and_soft_caps_have_the_same_bits_in_any_call(
+    slopes: bool, soft_cap: float | None, window: int | None, form: str, dtype: torch.dtype
+) -> None:
+    """No head has another's slope, neither in chunks, nor where many tokens take all kv heads at once."""
+    lengths = [600, *range(1, 60, 5)]
+    case = make_case(lengths, 9, 3, 40, dtype, window, slopes=slopes, soft_cap=soft_cap, form=form)
+    whole = case.whole()
+    expected = case.run([(0, 0, 600)], reference=True)
+    torch.testing.assert_close(whole.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    for chunk in (17, 511):
+        parts = [case.run([(0, i, min(i + chunk, 600))]) for i in range(0, 600, chunk)]
+        assert torch.equal(torch.cat(parts), whole), chunk
+    ends = [(s, length - 1, length) for s, length in enumerate(lengths)]
+    alone = torch.cat([case.run([end]) for end in ends])
+    assert torch.equal(alone[:1], whole[599:])
+    assert torch.equal(case.run(ends, padding=5), alone)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(case.whole(), whole)
+        assert torch.equal(case.run(ends[:1]), whole[599:])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_more_heads_than_a_tile_has_rows_have_slopes_of_their_own(on: str) -> None:
+    case = make_case([5], 71, 1, 8, torch.bfloat16, device=on, slopes=True)
+    expected = case.run([(0, 3, 5)], reference=True)
+    torch.testing.assert_close(case.run([(0, 3, 5)]).double(), expected, atol=8e-3, rtol=8e-3)
+
+
+def test_the_hyperbolic_tangent_is_within_two_ulp() -> None:
+    edges = torch.tensor([0.0, 0.625, 0.62499994, 9.01, 44.0, 100.0, 1e30, torch.inf]).repeat(2)
+    x = torch.cat([torch.linspace(0, 10, 160_000), torch.logspace(-30, 2, 16_000), edges])
+    x = torch.cat([x, -x])
+    y = torch.full_like(x, torch.nan)
+    library.call("tandem_tanh", x.data_ptr(), y.data_ptr(), x.numel())
+    exact = x.double().tanh()
+    ulp = torch.finfo(torch.float32).eps * torch.exp2(exact.abs().clamp(min=1e-37).log2().floor())
+    assert ((y.double() - exact).abs() / ulp).max() < 2
+    nan = torch.full((16,), torch.nan)
+    library.call("tandem_tanh", nan.data_ptr(), y.data_ptr(), 16)
+    assert y[:16].isnan().all()
+
+
+def test_a_soft_cap_bounds_large_scores_and_keeps_a_nan(on: str) -> None:
+    case = make_case([40], 2, 1, device=on, soft_cap=30.0)
     case.queries[0] *= 1000
     torch.testing.assert_close(case.whole().double(), case.run([(0, 0, 40)], reference=True), atol=1e-4, rtol=1e-4)
     case.cache.keys[case.tables[0][1], :, 4] = torch.nan  # position 20
@@ -490,8 +557,8 @@ def test_broken_contracts_are_refused() -> None:
         "like q, got one on meta": {"context_lens": context.to("meta")},
         "do not make 40 query tokens": {"max_query_len": 39},
         "alibi_slopes must be": {"alibi_slopes": torch.ones(8)},
-        "alibi_slopes and soft_cap are CUDA's alone": {"alibi_slopes": torch.ones(9)},
-        "are CUDA's alone": {"soft_cap": 30.0},
+        "sliding_window needs causal attention": {"sliding_window": 7, "causal": False},
+        "alibi_slopes needs causal attention": {"alibi_slopes": torch.ones(9), "causal": False},
         "soft_cap must be above 0": {"soft_cap": 0.0},
         "form 'int4' is none of plain, int8, fp8": {"cache": replace(case.cache, form="int4")},
         "keys and values of fp8 torch.int8, got torch.float32": {"cache": replace(case.cache, form="fp8")},
