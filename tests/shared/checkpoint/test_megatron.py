@@ -145,9 +145,7 @@ def test_what_does_not_go_together_is_named(tmp_path: Path) -> None:
         opened(described(two, 0))
     with pytest.raises(CheckpointError, match=r"mixed head by head in .*mp_rank_00.*: give the number of heads"):
         opened(tmp_path / "two", sizes=Sizes())
-    with pytest.raises(
-        CheckpointError, match=r"key_value\.weight: 3 heads cannot lie in 2 files in .*mp_rank_00"
-    ):
+    with pytest.raises(CheckpointError, match=r"key_value\.weight: 3 heads cannot lie in 2 files in .*mp_rank_00"):
         opened(tmp_path / "two", sizes=Sizes(3))
     with pytest.raises(UnsupportedCheckpointError, match="fewer key-value heads"):
         opened(tmp_path / "two", sizes=Sizes(4, 2))
