@@ -90,7 +90,7 @@ class _Files:
         return tuple(self._file(name) for name in names)
 
     def _file(self, name: str) -> Path:
-        """Without a base_dir, as it is common, a file may be named by its absolute path."""
+        """Without a base_dir a file may be named by its absolute path. Links are followed: caches are made of them."""
         path = Path(os.path.normpath(self._base / name))
         is_free = Path(name).is_absolute() and not self._is_bound
         if not is_free and not path.is_relative_to(os.path.normpath(self._base)):

@@ -141,7 +141,7 @@ def _entry(entry: object, table: Path) -> _Entry:
     if not isinstance(entry, dict) or not isinstance(name := entry.get("name"), str):
         raise CheckpointError(f"{table}: {str(entry)[:60]!r} is no tensor")
     dtype, shape, offset = entry.get("dtype"), entry.get("shape"), entry.get("offset")
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(f"{table}: {name} has dtype {dtype!r}; {', '.join(_DTYPES)} are read")
     if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(_is_size(size) for size in shape):
         raise CheckpointError(f"{table}: {name} has shape {str(shape)[:60]}")

@@ -26,10 +26,10 @@ class TensorParallelCheckpoint:
         if not shards or not 0 <= rank < ranks:
             raise ValueError(f"rank must be one of {ranks}, got {rank}, with at least one shard, got {len(shards)}")
         self._shards, self._table, self._rank, self._ranks = list(shards), table, rank, ranks
-        present = [shard.names() for shard in shards]
-        self._names = set().union(*present)
+        self._present = [shard.names() for shard in shards]
+        self._names = set().union(*self._present)
         # every rank adds the bias of a row-parallel linear once, or rank 0 alone does and has it alone
-        for index, names in enumerate(present):
+        for index, names in enumerate(self._present):
             if lacking := sorted(name for name in self._names - names if not self._is_whole(name)):
                 raise CheckpointError(
                     f"the shard of rank {index}{_somewhere(shards[index])} lacks {some_of(lacking)}, "
@@ -73,7 +73,7 @@ class TensorParallelCheckpoint:
         return None if padding else taken(parts, pieces, cut.dim)
 
     def _owners(self, name: str) -> list[Checkpoint]:
-        owners = [shard for shard in self._shards if name in shard.names()]
+        owners = [shard for shard, names in zip(self._shards, self._present, strict=True) if name in names]
         if not owners:
             raise KeyError(name)
         return owners
