@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -42,10 +42,6 @@ class Options(BaseModel):
     )
 
     deprecated: ClassVar[Mapping[str, Deprecated]] = {}
-
-    if TYPE_CHECKING:  # a type checker would take the alias for the only name
-
-        def __init__(self, *, strict: bool = False, **values: Any) -> None: ...
 
     @classmethod
     def of(cls, config: Self | Mapping[str, Any] | str | os.PathLike[str] | None = None, **kwargs: Any) -> Self:
