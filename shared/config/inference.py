@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import reduce
 from importlib.util import find_spec
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import (
@@ -33,6 +33,7 @@ from shared.policies.policy import Policy
 # What the engine does in one way so far, the default one. Each can be set, and check_supported refuses it.
 ONE_WAY_SO_FAR = (
     "tensor_parallel.tp_size",
+    "tensor_parallel.tp_grain_size",
     "tensor_parallel.mpu",
     "tensor_parallel.tp_group",
     "moe.ep_size",
@@ -82,6 +83,10 @@ class InferenceConfig(Options):
         "moe_type": Deprecated("moe.type"),
         "replace_method": Deprecated(),
     }
+
+    if TYPE_CHECKING:  # a type checker takes the alias for the only name, and asks for objects as sections
+
+        def __init__(self, *, strict: bool = False, **values: Any) -> None: ...
 
     replace_with_kernel_inject: bool = Field(
         default=False, alias="kernel_inject", description="replace the model's layers by the engine's, fused ones"

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -43,10 +43,6 @@ class Options(BaseModel):
 
     deprecated: ClassVar[Mapping[str, Deprecated]] = {}
 
-    if TYPE_CHECKING:  # a type checker would take the alias for the only name
-
-        def __init__(self, *, strict: bool = False, **values: Any) -> None: ...
-
     @classmethod
     def of(cls, config: Self | Mapping[str, Any] | str | os.PathLike[str] | None = None, **kwargs: Any) -> Self:
         """From nothing, from a dictionary or the path of a JSON file, from keyword arguments, or from both.
@@ -56,38 +52,51 @@ class Options(BaseModel):
         ValueError for a field that is given two values, a file that holds no JSON object, and another type; OSError
         for a file that cannot be read.
         """
+        if isinstance(config, cls) and not kwargs:
+            return config
+        values: Mapping[str, Any]
         if isinstance(config, cls):
-            if not kwargs:
-                return config
-            config = config.given()
+            values = config.given()
         elif isinstance(config, str | os.PathLike):
-            config = _read(Path(config))
+            values = _read(Path(config))
         elif config is None:
-            config = {}
-        elif not isinstance(config, Mapping):
+            values = {}
+        elif isinstance(config, Mapping):
+            values = config
+        else:
             raise ValueError(f"'config' argument expected string or dictionary, got {type(config)}")
-        strict = bool(kwargs.get("strict", config.get("strict", False)))
-        ours, theirs = cls._named(config, strict), cls._named(kwargs, strict)
-        for name in ours.keys() & theirs.keys():
+        strict = _strict({**values, **kwargs})
+        # an object's "auto" is a value: it was made so
+        ours, theirs = cls._named(values, strict or isinstance(config, cls)), cls._named(kwargs, strict)
+        for name in [name for name in theirs if name in ours]:
             if cls._meaning(name, ours[name]) != cls._meaning(name, theirs[name]):
-                keys = sorted({repr(key) for key in (*config, *kwargs) if cls._names().get(key, key) == name})
+                keys = sorted({repr(key) for key in (*values, *kwargs) if cls._names().get(key, key) == name})
                 raise ValueError(
                     f"Conflicting argument {' / '.join(keys)}: {ours[name]!r} in 'config', {theirs[name]!r} as a "
                     "keyword argument; leave one of them out"
                 )
-        return cls.model_validate({**ours, **theirs})
+        return cls.model_validate({**ours, **theirs, "strict": True})  # what was "auto" is gone
 
     def given(self) -> dict[str, Any]:
-        """What is set, by the fields' names; sections as objects."""
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if (value.model_fields_set if isinstance(value, Options) else name in self.model_fields_set)
-        }
+        """What is set, by the fields' names; of a section, what is set in it."""
+        found = dict[str, Any]()
+        for name, value in self.__dict__.items():
+            if isinstance(value, Options):
+                if section := value.given():
+                    found[name] = section
+            elif name in self.model_fields_set:
+                found[name] = value
+        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name not in type(self).model_fields:
+            known = self._names().get(name, name)
+            hint = self.deprecated[known].to if known in self.deprecated else known
+            raise ValueError(
+                f"{name}: no field of {type(self).__name__}" + (f"; set {hint}" if hint and hint != name else "")
+            )
         sections = {key: held for key, held in self.__dict__.items() if isinstance(held, Options)}
-        checked = type(self).model_validate({**sections, **self.given(), "strict": True, name: value})
+        checked = type(self).model_validate({**self.given(), **sections, "strict": True, name: value})
         object.__setattr__(self, "__dict__", checked.__dict__)
         object.__setattr__(self, "__pydantic_fields_set__", set(checked.given()))
 
@@ -96,9 +105,7 @@ class Options(BaseModel):
     def _by_name(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        strict = data.get("strict", False)
-        if not isinstance(strict, bool):
-            raise ValueError(f"strict: wants true or false, has {strict!r}")
+        strict = _strict(data)
         values = cls._named(data, strict)
         values.pop("strict", None)
         for name in [name for name in cls.deprecated if name in values]:
@@ -120,6 +127,9 @@ class Options(BaseModel):
                 continue
             if name in values and cls._meaning(name, values[name]) != cls._meaning(name, value):
                 raise ValueError(f"Conflicting argument {key!r}: {name} is given two values; leave one of them out")
+            section = cls._section(name)
+            if section is not None and isinstance(value, Mapping):
+                value = section._named(value, strict)
             values[name] = _copied(value)
         return values
 
@@ -174,6 +184,13 @@ class Options(BaseModel):
         """Alias → name, of fields and of deprecated names."""
         fields = {field.alias: name for name, field in cls.model_fields.items() if field.alias}
         return fields | {old.alias: name for name, old in cls.deprecated.items() if old.alias}
+
+
+def _strict(values: Mapping[str, Any]) -> bool:
+    strict = values.get("strict", False)
+    if not isinstance(strict, bool):
+        raise ValueError(f"strict: wants true or false, has {strict!r}")
+    return strict
 
 
 def _copied(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -76,6 +76,10 @@ class RaggedQuantizationConfig(Options):
 
 
 class RaggedEngineConfig(Options):
+    if TYPE_CHECKING:  # a type checker takes the alias for the only name, and asks for objects as sections
+
+        def __init__(self, *, strict: bool = False, **values: Any) -> None: ...
+
     tensor_parallel: RaggedTensorParallelConfig = Field(
         default_factory=RaggedTensorParallelConfig, alias="tp", description="how layers are split over devices"
     )

@@ -285,11 +285,17 @@ def test_strict_takes_auto_for_a_value():
     config.max_out_tokens = 5
     assert config.save_mp_checkpoint_path == "auto"
     assert InferenceConfig.of({"base_dir": "auto", "checkpoint": "x"}, strict=True).base_dir == "auto"
+    more = InferenceConfig.of(config, tp={"tp_size": "auto"}, dtype="auto")
+    assert (more.save_mp_checkpoint_path, more.tensor_parallel.tp_size, more.dtype) == ("auto", 1, torch.float16)
     for options in ({"max_tokens": "auto"}, {"tp": {"tp_size": "auto"}}, {"dtype": "auto"}):
         with pytest.raises(ValidationError, match=r"max_out_tokens|tp_size|'auto' is not a valid dtype"):
             InferenceConfig(strict=True, **options)
     with pytest.raises(ValidationError, match="strict: wants true or false, has 1"):
         InferenceConfig(strict=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="strict: wants true or false, has 'no'"):
+        InferenceConfig.of({"strict": "no"})
+    with pytest.raises(ValueError, match="Conflicting argument 'strict'"):
+        InferenceConfig.of({"strict": True}, strict=False)
 
 
 def test_moe_as_a_flag():
@@ -438,6 +444,7 @@ def test_an_injection_policy_is_dumped_where_it_can_be_read_again():
 # each with a value that is not its default
 ASKED = {
     "tensor_parallel.tp_size": 2,
+    "tensor_parallel.tp_grain_size": 32,
     "tensor_parallel.mpu": MOVED["mpu"][2],
     "tensor_parallel.tp_group": object(),
     "moe.ep_size": 2,
@@ -489,7 +496,6 @@ def test_what_is_done_passes():
         save_mp_checkpoint_path="y",
         config={"hidden_act": "gelu"},
         max_tokens=1,
-        tp={"tp_grain_size": 1},
     ).check_supported()
     InferenceConfig(set_empty_params=True, injection_policy={torch.nn.Linear: "x"}).check_supported()
 
@@ -510,7 +516,6 @@ def test_an_assignment_is_checked_and_changes_nothing_if_refused():
         ("max_out_tokens", 2),
         ("max_out_tokens", "auto"),
         ("tensor_parallel", {"tp_size": 2}),
-        ("max_tokenz", 5),
     ]:
         with pytest.raises(ValidationError):
             setattr(config, name, value)
@@ -524,10 +529,26 @@ def test_an_assignment_is_checked_and_changes_nothing_if_refused():
     assert config.given() == {
         "enable_cuda_graph": True,
         "min_out_tokens": 3,
-        "tensor_parallel": TensorParallelConfig(tp_grain_size=32),
+        "tensor_parallel": {"tp_grain_size": 32},
         "max_out_tokens": 5,
         "dtype": torch.bfloat16,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("max_tokenz", "^max_tokenz: no field of InferenceConfig$"),
+        ("strict", "^strict: no field of InferenceConfig$"),
+        ("max_tokens", "^max_tokens: no field of InferenceConfig; set max_out_tokens$"),
+        ("mp_size", r"^mp_size: no field of InferenceConfig; set tensor_parallel\.tp_size$"),
+        ("expert_group", r"^expert_group: no field of InferenceConfig; set moe\.ep_group$"),
+        ("replace_method", "^replace_method: no field of InferenceConfig$"),
+    ],
+)
+def test_only_a_field_is_assigned_to(name: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        setattr(InferenceConfig(), name, True)
 
 
 def test_objects_share_no_defaults():
@@ -584,6 +605,7 @@ def test_an_object_is_taken_as_it_is():
     assert InferenceConfig.of(config) is config
     more = InferenceConfig.of(config, kernel_inject=True, max_tokens=5)
     assert more == InferenceConfig(max_tokens=5, tp={"tp_size": 2}, kernel_inject=True)
+    more.tensor_parallel.tp_grain_size = 32
     assert config == InferenceConfig(max_tokens=5, tp={"tp_size": 2})
     with pytest.raises(ValueError, match="Conflicting argument 'max_out_tokens' / 'max_tokens': 5 in 'config', 6 as a"):
         InferenceConfig.of(config, max_tokens=6)

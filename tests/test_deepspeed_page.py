@@ -1,0 +1,113 @@
+"""docs/deepspeed.md says of every option what the classes say: its aliases, its default, and whether it is taken."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import shared.config
+from shared.config import InferenceConfig, modules
+from shared.config.inference import ONE_WAY_SO_FAR
+from shared.config.options import Options
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs/deepspeed.md").read_text()
+STATES = {"works", "works better", "refused", "next"}
+CLASSES = (
+    "InferenceConfig",
+    "RaggedEngineConfig",
+    "KvCacheConfig",
+    "SelfAttentionConfig",
+    "RotateHalfConfig",
+    "LinearConfig",
+    "NormConfig",
+    "MoeModuleConfig",
+    "EmbeddingsConfig",
+    "UnembedConfig",
+)
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table below a heading, without those of its head."""
+    _, found, rest = f"\n{PAGE}".partition(f"\n{heading}\n")
+    assert found, f"docs/deepspeed.md has no heading {heading!r}"
+    lines = [line for line in re.split(r"\n#", rest)[0].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def fields(options: type[Options], prefix: str = "") -> list[list[str]]:
+    """[name, alias, default] of each field, as the page writes them; of a section, its own fields after it."""
+    found: list[list[str]] = []
+    for name, field in options.model_fields.items():
+        alias = f"`{field.alias}`" if field.alias else ""
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Options):
+            found += [[f"`{prefix}{name}`", alias, ""], *fields(section, f"{prefix}{name}.")]
+        else:
+            default = field.get_default(call_default_factory=True, validated_data={})
+            found.append([f"`{prefix}{name}`", alias, "required" if field.is_required() else f"`{default!r}`"])
+    return found
+
+
+def options_of(name: str) -> type[Options]:
+    return getattr(shared.config, name, None) or getattr(modules, name)
+
+
+def in_state(state: str) -> list[str]:
+    return [cells[0].strip("`") for cells in rows("### `InferenceConfig`") if cells[3] == state]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_field_has_its_row_and_no_row_is_invented(name: str):
+    assert [cells[:3] for cells in rows(f"### `{name}`")] == fields(options_of(name))
+
+
+def test_every_class_has_its_table():
+    def parts(options: type[Options]) -> set[type[Options]]:
+        sections = {kind for field in options.model_fields.values() if isinstance(kind := field.annotation, type)}
+        return {options}.union(*(parts(kind) for kind in sections if issubclass(kind, Options)))
+
+    def leaves(kind: type[Options]) -> set[type[Options]]:
+        return {kind}.union(*map(leaves, kind.__subclasses__()))
+
+    shown = set[type[Options]]().union(*(parts(options_of(name)) for name in CLASSES))
+    bases = {kind for kind in leaves(Options) if kind.__subclasses__()}
+    assert leaves(Options) - bases == {kind for kind in shown if kind.__module__.startswith("shared.config")} - bases
+
+
+def test_deprecated_names_have_their_rows():
+    assert [cells[:3] for cells in rows("### Deprecated names")] == [
+        [f"`{name}`", f"`{old.alias}`" if old.alias else "", f"`{old.to}`" if old.to else ""]
+        for name, old in InferenceConfig.deprecated.items()
+    ]
+
+
+def test_what_is_next_is_what_the_engine_refuses_so_far():
+    assert in_state("next") == sorted(ONE_WAY_SO_FAR, key=in_state("next").index)
+
+
+def test_what_is_refused_takes_its_default_alone():
+    refused = in_state("refused")
+    assert refused
+    for name in refused:
+        default = InferenceConfig.model_fields[name].get_default(call_default_factory=True, validated_data={})
+        other: Any = {bool: not default, int: 2, dict: {"x": 1}, type(None): ("x",)}[type(default)]
+        with pytest.raises(ValidationError, match=f"{name}\n.* is refused: "):
+            InferenceConfig(**{name: other})
+        assert InferenceConfig(**{name: default}) == InferenceConfig()
+
+
+def test_every_row_is_in_a_state_and_tells_what_it_has_to():
+    seen = 0
+    for heading in re.findall(r"(?m)^#+ .*$", PAGE):
+        for cells in rows(heading):
+            state, how = cells[-2], cells[-1]
+            if state in STATES and len(cells) == 2:  # the table of the states themselves
+                continue
+            assert state in STATES, f"{heading}: {cells[0]}: {state!r} is no state"
+            assert how or state in ("works", "next"), f"{heading}: {cells[0]}: {state}, and the row does not say how"
+            seen += 1
+    assert seen > 150
