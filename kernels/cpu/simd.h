@@ -86,6 +86,7 @@ INLINE void v8_store(float *p, v8 x) { memcpy(p, &x, sizeof x); }
 INLINE vf vf_load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
 INLINE vi vi_load(const void *p) { vi x; memcpy(&x, p, sizeof x); return x; }
 INLINE void vf_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
+INLINE vf vf_choose(vi first, vf a, vf b) { return (vf)((first & (vi)a) | (~first & (vi)b)); }
 INLINE v8 v8_set1(float x) { return (v8){x, x, x, x, x, x, x, x}; }
 
 #if defined(__AVX2__) /* gcc 12 splits these two conversions into halves */
@@ -220,8 +221,21 @@ INLINE vf vf_exp(vf x) {
     return (vf)((vi)(y * power) & ~underflow);
 }
 
-INLINE vf vf_sigmoid(vf z) { return 1.0f / (1.0f + vf_exp(-z)); }
+/* tanh x, odd, NaN for NaN, within 2 ulp. Cephes tanhf: a polynomial of degree 9 below 0.625, where 1 - 2 / (e^(2x) + 1) would
+ * cancel. */
+INLINE vf vf_tanh(vf x) {
+    vf size = (vf)((vi)x & 0x7fffffff), square = x * x;
+    vf y = vf_set1(-5.70498872745e-3f);
+    y = vf_fma(y, square, vf_set1(2.06390887954e-2f));
+    y = vf_fma(y, square, vf_set1(-5.37397155531e-2f));
+    y = vf_fma(y, square, vf_set1(1.33314422036e-1f));
+    y = vf_fma(y, square, vf_set1(-3.33332819422e-1f));
+    y = vf_fma(y * square, x, x);
+    vf far = 1.0f - 2.0f / (vf_exp(size + size) + 1.0f);
+    vi near = size < vf_set1(0.625f);
+    return (vf)((near & (vi)y) | (~near & ((vi)far | ((vi)x & (vi)vf_set1(-0.0f)))));
+}
 
-INLINE vf vf_choose(vi first, vf a, vf b) { return (vf)((first & (vi)a) | (~first & (vi)b)); }
+INLINE vf vf_sigmoid(vf x) { return 1.0f / (1.0f + vf_exp(-x)); }
 
 #endif

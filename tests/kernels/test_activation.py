@@ -15,7 +15,7 @@ TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 8e-3}
 
 @KINDS
 @DTYPES
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (1, 1536), (20, 1537)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (1, 1536), (5, 1537)])
 def test_matches_the_reference(on: str, kind: str, rows: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(width)
     gate_up = (4 * torch.randn(rows, 2 * width)).to(on, dtype)
@@ -27,7 +27,7 @@ def test_matches_the_reference(on: str, kind: str, rows: int, width: int, dtype:
 @KINDS
 @DTYPES
 @pytest.mark.parametrize("bias_dtype", ["none", "own", "float32"])
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (9, 1025)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (4, 1025)])
 def test_plain_ones_match_the_reference(
     on: str, kind: str, rows: int, width: int, bias_dtype: str, dtype: torch.dtype
 ) -> None:
