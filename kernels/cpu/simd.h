@@ -221,7 +221,7 @@ INLINE vf vf_exp(vf x) {
     return (vf)((vi)(y * power) & ~underflow);
 }
 
-/* tanh x, odd, NaN for NaN, within 3 ulp. Cephes tanhf: a polynomial of degree 9 below 0.625, where 1 - 2 / (e^(2x) + 1) would
+/* tanh x, odd, NaN for NaN, within 2 ulp. Cephes tanhf: a polynomial of degree 9 below 0.625, where 1 - 2 / (e^(2x) + 1) would
  * cancel. */
 INLINE vf vf_tanh(vf x) {
     vf size = (vf)((vi)x & 0x7fffffff), square = x * x;

@@ -1,6 +1,6 @@
-"""GroupNorm: a program for each group of an image, three times over its tiles of channels and positions.
+"""GroupNorm: a program for each group of an image, three times over it: mean, variance, and then tile by tile.
 
-Sums are kept element by element of a tile until all tiles are in, so there is one order of them, and few additions in
+Sums are kept element by element of a part until all parts are in, so there is one order of them, and few additions in
 a row.
 """
 
@@ -14,7 +14,7 @@ from kernels.cuda.activation import sigmoid
 from kernels.cuda.tile import launch, narrow
 from kernels.cuda.variant import Variant
 
-_TILE = 4096  # 8 elements, 16 bytes of bfloat16, for each thread of 16 warps
+_TILE = 4096
 
 
 @triton.jit
@@ -25,26 +25,24 @@ def _group_norm(
     group = tl.program_id(0)
     start = group.to(tl.int64) * channels * positions
     first = group % groups * channels
+    count = channels * positions
+    part: tl.constexpr = CHANNELS * POSITIONS
+    elements = tl.arange(0, part)
+
+    sums = tl.zeros([part], tl.float32)
+    for i in range(0, count, part):
+        sums += tl.load(x + start + i + elements, i + elements < count, other=0.0).to(tl.float32)
+    mean = tl.sum(sums) / count
+
+    squares = tl.zeros([part], tl.float32)
+    for i in range(0, count, part):
+        value = tl.load(x + start + i + elements, i + elements < count, other=0.0).to(tl.float32)
+        difference = tl.where(i + elements < count, value - mean, 0.0)
+        squares += difference * difference
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(squares) / count + eps)
+
     rows = tl.arange(0, CHANNELS)[:, None]
     columns = tl.arange(0, POSITIONS)[None, :]
-    count = channels * positions
-
-    sums = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-    for c in range(0, channels, CHANNELS):
-        for p in range(0, positions, POSITIONS):
-            within = (c + rows < channels) & (p + columns < positions)
-            sums += tl.load(x + start + (c + rows) * positions + (p + columns), within, other=0.0).to(tl.float32)
-    mean = tl.sum(tl.sum(sums, 1), 0) / count
-
-    squares = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-    for c in range(0, channels, CHANNELS):
-        for p in range(0, positions, POSITIONS):
-            within = (c + rows < channels) & (p + columns < positions)
-            value = tl.load(x + start + (c + rows) * positions + (p + columns), within, other=0.0).to(tl.float32)
-            difference = tl.where(within, value - mean, 0.0)
-            squares += difference * difference
-    inverse = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(squares, 1), 0) / count + eps)
-
     for c in range(0, channels, CHANNELS):
         scales = inverse * tl.load(weight + first + c + rows, c + rows < channels, other=0.0).to(tl.float32)
         biases = tl.load(bias + first + c + rows, c + rows < channels, other=0.0).to(tl.float32)
@@ -104,5 +102,5 @@ def _tile(channels: int, positions: int) -> tuple[int, int]:
 
 
 def _num_warps(tile: tuple[int, int]) -> int:
-    """8 elements for each thread."""
-    return max(tile[0] * tile[1] // 256, 1)
+    """16 elements for each thread."""
+    return max(tile[0] * tile[1] // 512, 1)

@@ -40,6 +40,7 @@ def test_matches_the_reference(on: str, shape: tuple[int, int, int, int], dtype:
 @SILU
 @DTYPES
 @pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("on", ["c", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True)
 def test_matches_the_reference_at_the_sizes_of_images(
     on: str, shape: tuple[int, int, int, int], dtype: torch.dtype, silu: bool
 ) -> None:

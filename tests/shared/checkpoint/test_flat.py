@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from kernels.quantization import Integers
 from shared.checkpoint import CheckpointError, FlatCheckpoint, open_any, save_flat
-from shared.models.weights import DecoderWeights, load_weights
+from shared.models.weights import ModelWeights, load_weights
 from shared.policies.table import architecture_of
 from tests.shared.checkpoint.test_safetensors import files_in
 from tests.tiny_models import tiny_model
@@ -91,7 +91,7 @@ def test_a_decoder_of_packed_weights_is_mapped_again(tmp_path: Path) -> None:
     packed = load_weights(architecture, open_any(files.folder), dtype=torch.bfloat16, device="cpu").tensors()
     save_flat(tmp_path, packed)
     flat = FlatCheckpoint(tmp_path)
-    again = DecoderWeights.from_tensors(architecture, {name: flat.tensor(name) for name in flat.names()}).tensors()
+    again = ModelWeights.from_tensors(architecture, {name: flat.tensor(name) for name in flat.names()}).tensors()
     assert again.keys() == packed.keys()
     assert all(same(again[name], packed[name]) for name in packed)
 
