@@ -35,8 +35,10 @@ def decoder(kind: str) -> Decoder:
 
 @functools.cache
 def reference(kind: str) -> PreTrainedModel:
+    # transformers' eager Falcon adds ALiBi twice
+    attention = "sdpa" if kind == "falcon-alibi" else "eager"
     return AutoModelForCausalLM.from_pretrained(
-        tiny_model(kind), dtype=torch.float32, attn_implementation="eager"
+        tiny_model(kind), dtype=torch.float32, attn_implementation=attention
     ).eval()
 
 
