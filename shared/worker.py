@@ -153,7 +153,8 @@ class WorkerServer:
     @property
     def description(self) -> str:
         """What it computes with."""
-        return self._site.engine.description
+        engine = self._site.engine
+        return f"{engine.description}, activations of {engine.workspace_bytes / (1 << 20):.1f} MiB"
 
     async def stop(self, drain_s: float) -> None:
         """Admits no more requests, gives those that run `drain_s` seconds, ends the rest and hands everything back."""

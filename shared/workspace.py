@@ -11,6 +11,11 @@ class Workspace:
         self._device = device
         self._buffers: dict[str, Tensor] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all buffers."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
+
     def take(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """[rows, width], contiguous, with whatever was last written there."""
         buffer = self._buffers.get(name)

@@ -30,6 +30,7 @@ CHECKS: Mapping[str, Sequence[Check]] = {
         software.versions,
         software.foreign_kernels,
     ),
+    "ops": (software.ops,),
     "container": (
         container.user,
         container.cache,

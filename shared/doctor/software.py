@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib.metadata import Distribution
 from pathlib import Path
 
+from kernels.bindings import bindings
 from shared.doctor.finding import Finding, error, ok, warning
 from shared.doctor.gpu_driver import opened
 from shared.doctor.surroundings import Surroundings
@@ -51,6 +52,13 @@ def foreign_kernels(surroundings: Surroundings) -> Iterator[Finding]:
         )
     else:
         yield ok("kernels", "no package hides a folder of Tandem")
+
+
+def ops(surroundings: Surroundings) -> Iterator[Finding]:
+    """What computes each op on the device that is configured."""
+    device = "cuda" if surroundings.needs_gpu else "cpu"
+    for binding in bindings(device, surroundings.config.weights_dtype):
+        yield ok("ops", f"{binding.op}: {binding.implementation}")
 
 
 def allocator(surroundings: Surroundings) -> Iterator[Finding]:

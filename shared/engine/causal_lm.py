@@ -62,6 +62,7 @@ class CausalLM:
             device=device,
             num_blocks=_num_blocks(layout, max_context, limits.min_out_tokens, device),
             max_context=max_context,
+            batch_tokens=max_context,
             max_running=_MAX_RUNNING,
             num_threads=torch.get_num_threads() or len(os.sched_getaffinity(0)),
             deterministic=True,

@@ -68,6 +68,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """Runs a forward of each kind, and captures what the runner replays: no request waits for a compiler."""
+        if not self._in_triton:
+            self._decoder.reserve(self.plan.batch_tokens, self.kv)
         self._runner.capture()
         block_tokens = self.plan.layout.block_tokens
         lengths = _CUDA_LENGTHS if self.plan.device == "cuda" else (block_tokens,)
@@ -117,6 +119,11 @@ class Engine:
         0 where all of it is done already.
         """
         return 0 if self._memory is None else self._memory.mark()
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of the activations of prompts, which all layers share; captured steps have their own."""
+        return self._decoder.workspace_bytes
 
     @property
     def description(self) -> str:

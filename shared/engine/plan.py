@@ -27,6 +27,7 @@ class EnginePlan:
     device: str
     num_blocks: int  # in memory, the null block included
     max_context: int  # tokens of prompt and output together
+    batch_tokens: int  # of a forward at most
     max_running: int  # sequences of a decode step at most
     num_threads: int
     deterministic: bool  # on CUDA: a token's bits are its own, whatever is beside it; on a CPU they always are
@@ -61,6 +62,7 @@ class EnginePlan:
             device=_device(config.device),
             num_blocks=num_blocks,
             max_context=max_context,
+            batch_tokens=_batch_tokens(section),
             max_running=section.max_running,
             num_threads=config.threads or len(os.sched_getaffinity(0)),
             deterministic=config.deterministic,
@@ -80,6 +82,13 @@ class EnginePlan:
     @property
     def pool_bytes(self) -> int:
         return self.num_blocks * self.layout.block_bytes
+
+
+def _batch_tokens(section: PrefillConfig | DecodeConfig) -> int:
+    """What a role's scheduler computes at once at most."""
+    if isinstance(section, DecodeConfig):
+        return section.chunk_tokens + section.max_running
+    return section.batch_tokens
 
 
 def _device(wanted: str) -> str:

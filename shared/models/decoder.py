@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from kernels.attention import paged_attention
+from kernels.cpu.library import record
 from kernels.embedding import embed
 from kernels.head_norm import head_norm
 from kernels.rope import rope_and_cache
 from kernels.scale import scale
-from shared.batch import RaggedBatch
+from shared.batch import NULL_BLOCK, BatchEntry, RaggedBatch, build_batch
 from shared.kv_cache import KvCache
 from shared.models.architecture import Architecture
 from shared.models.rope import cos_sin_table
@@ -71,6 +72,19 @@ class Decoder:
         if a.logit_scale != 1.0 or a.logit_cap is not None:
             scale(logits, a.logit_scale, soft_cap=a.logit_cap, out=logits)
         return logits
+
+    def reserve(self, tokens: int, kv: KvCache) -> None:
+        """Has a CPU's activations of that many tokens lie ready, without computing anything."""
+        length = min(tokens, self.architecture.max_context)
+        blocks = [NULL_BLOCK] * -(-length // kv.layout.block_tokens)
+        entries = [BatchEntry([0] * length, 0, blocks) for _ in range(-(-tokens // length))]
+        with record():  # ops are written down, and do not run
+            self.forward(build_batch(entries, kv.layout.block_tokens), kv)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of activations, which all layers share."""
+        return self._workspace.num_bytes
 
     def _embedded(self, batch: RaggedBatch, take: Take) -> Tensor:
         a, weights = self.architecture, self._weights

@@ -147,3 +147,20 @@ def test_end_tokens_are_the_models_own(tiny_model: MakeModel, tmp_path: Path) ->
         (copy / path.name).write_bytes(path.read_bytes())
     (copy / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     assert plan(copy).eos_token_ids == (2, 5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2_moe", "gemma2"])
+def test_activations_lie_ready_for_the_largest_step(kind: str, tiny_model: MakeModel) -> None:
+    model = tiny_model(kind)
+    settled = plan(model, decode={"num_blocks": 64, "max_running": 8, "chunk_tokens": 96})
+    engine = Engine(settled)
+    try:
+        assert engine.workspace_bytes == 0
+        engine.warm_up()
+        ready = engine.workspace_bytes
+        assert settled.batch_tokens == 104
+        assert ready > 104 * settled.architecture.hidden_size * 4
+        engine.forward([BatchEntry([5] * 100, 0, list(range(1, 8))), BatchEntry([5] * 4, 0, [9])])
+        assert engine.workspace_bytes == ready
+    finally:
+        engine.close()
