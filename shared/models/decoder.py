@@ -77,7 +77,7 @@ class Decoder:
         """Has a CPU's activations of that many tokens lie ready, without computing anything."""
         length = min(tokens, self.architecture.max_context)
         blocks = [NULL_BLOCK] * -(-length // kv.layout.block_tokens)
-        entries = [BatchEntry([0] * length, 0, blocks) for _ in range(-(-tokens // length))]
+        entries = [BatchEntry([0] * length, 0, blocks, "all") for _ in range(-(-tokens // length))]
         with record():  # ops are written down, and do not run
             self.forward(build_batch(entries, kv.layout.block_tokens), kv)
 

@@ -23,9 +23,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind != "gptj" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", [*KINDS, pytest.param("gptj", marks=pytest.mark.slow)])
 async def test_served_as_transformers_computes_it(kind: str, tiny_model: Callable[[str], Path]) -> None:
     folder = tiny_model(kind)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
