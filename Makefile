@@ -23,8 +23,9 @@ setup-dev: ## the same, with what tests and checks need
 serve: setup ## fetch the default model, start every process, serve until Ctrl-C
 	@exec ./tandem up $(ARGS)
 
-test: setup-dev ## run every test that this machine can run
-	@exec $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+# a file's tests stay together: they share models and services
+test: setup-dev ## run every test that this machine can run, two files at a time
+	@exec $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 test-slow: setup-dev ## run the tests that take minutes
 	@exec $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
