@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shared.batch import BatchEntry, build_batch
 from shared.checkpoint import open_checkpoint
+from shared.engine import init_inference
 from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights
 from shared.models.decoder import Decoder
@@ -107,3 +108,25 @@ def test_every_family_of_language_models_has_a_kind() -> None:
     of_kinds = {fields["model_type"] for fields in KINDS.values()}
     decoders = {family for family, policy in POLICIES.items() if policy.kind == "decoder"}
     assert decoders - of_kinds == {"qwen"}, "which transformers does not have"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing(kind: str) -> None:
+    """Rows of a Hugging Face batch, padded at either end, have the logits that transformers gives each alone."""
+    engine = init_inference(tiny_model(kind), kernel_inject=True, dtype="float32", max_out_tokens=64)
+    try:
+        rows = [random_tokens(decoder(kind), length) for length in (4, 21, 13)]
+        width = 21
+        for side in ("left", "right"):
+            ids, mask = torch.zeros(2, 3, width, dtype=torch.int64)
+            for row, tokens in enumerate(rows):
+                columns = slice(width - len(tokens), width) if side == "left" else slice(len(tokens))
+                ids[row, columns], mask[row, columns] = torch.tensor(tokens), 1
+            logits = engine(ids, attention_mask=mask, use_cache=False).logits
+            for row, tokens in enumerate(rows):
+                expected = expected_logits(kind, tokens)
+                torch.testing.assert_close(logits[row][mask[row].bool()], expected, rtol=1e-4, atol=1e-4)
+                # the last column always has the logits of the next token
+                assert torch.equal(logits[row, -1], logits[row][mask[row].bool()][-1])
+    finally:
+        engine.destroy()
