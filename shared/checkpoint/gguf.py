@@ -31,6 +31,8 @@ _GGUF_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _DEQUANTISE_ELEMENTS = 1 << 20
+# Of others llama.cpp keeps weights that it has changed: Gemma's norms have 1 added, Granite's heads are permuted.
+_GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # Frequencies, which the config says already.
 _GGUF_IGNORED = {"rope_freqs.weight"}
 
@@ -46,6 +48,11 @@ class GgufCheckpoint:
             num_kv_heads = header.metadata.get(f"{architecture}.attention.head_count_kv", num_heads)
         except (GgufError, OSError) as error:
             raise CheckpointError(str(error)) from error
+        if architecture not in _GGUF_ARCHITECTURES:
+            known = ", ".join(_GGUF_ARCHITECTURES)
+            raise CheckpointError(
+                f"{path} is a GGUF file of {architecture}, and read are those of {known}; use the model's safetensors"
+            )
         self._path = path
         # llama.cpp stores the rows of each head of a llama so that rope turns neighbours, not halves.
         is_permuted = architecture == "llama"

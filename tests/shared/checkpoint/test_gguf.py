@@ -161,3 +161,13 @@ def write_scaled_gguf(path: Path, *, divisors_are_llama3: bool) -> None:
     if not divisors_are_llama3:
         divisors[2] *= 1.5
     write_gguf(path, "llama", rope_theta=500_000.0, extra={"rope_freqs.weight": divisors.numpy()})
+
+
+def test_gguf_of_other_architectures_is_refused(tmp_path: Path) -> None:
+    """Their names are those of a llama, and their weights are not what the names say."""
+    data = tiny_gguf().read_bytes()
+    path = tmp_path / "gemma.gguf"
+    # the name of the architecture begins each of its keys too
+    path.write_bytes(data.replace(b"llama", b"gemma"))
+    with pytest.raises(CheckpointError, match="is a GGUF file of gemma, and read are those of llama, qwen2, qwen3"):
+        GgufCheckpoint(path)
