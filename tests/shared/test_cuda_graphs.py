@@ -59,7 +59,9 @@ def prefill(engine: Engine, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["mistral", "qwen3", "gemma2", "bloom", "qwen2_moe", "gptj", "olmo2", "stablelm-parallel", "mpt"]
+)
 def test_logits_are_near_those_of_the_c_ops(make_engine: Callable[..., Engine], family: str, dtype: str) -> None:
     in_c = make_engine(family, triton=False, dtype=dtype)
     expected = [prefill(in_c, PROMPTS), in_c.forward([BatchEntry([3], len(PROMPTS[0]), blocks_of(0))])]
@@ -130,7 +132,9 @@ def test_steps_draw_what_the_sampler_draws(make_engine: Callable[..., Engine]) -
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("make_engine", ["cuda"], indirect=True)
-@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["mistral", "qwen3", "gemma2", "bloom", "qwen2_moe", "gptj", "olmo2", "stablelm-parallel", "mpt"]
+)
 def test_replays_have_the_bits_of_ops_launched_one_by_one(make_engine: Callable[..., Engine], family: str) -> None:
     """Steps of sequences that come, sit out and grow, in any order and in buckets that they fill or do not."""
     engines = [make_engine(family, enable_cuda_graph=replayed) for replayed in (True, False)]
@@ -242,12 +246,19 @@ def test_a_row_that_reports_or_edits_is_not_begun_ahead(make_engine: Callable[..
     assert engine.launch([BatchEntry([1], 0, [1])], [row], [-1]) is None
 
 
+OPS_OF_A_STEP = (
+    "activation", "add", "embedding", "gather", "head_norm", "layer_norm", "linear", "moe", "rms_norm", "scale",
+)  # fmt: skip
+
+
 def test_no_step_waits_for_the_device_but_for_its_tokens() -> None:
     """What a decode step runs through has no copy to the host and no wait, but for the tokens' own."""
     root = Path(__file__).resolve().parents[2]
     files = [*(root / "kernels/cuda").glob("*.py"), root / "kernels/feed.py", root / "kernels/penalties.py"]
-    files += [root / f"kernels/{op}.py" for op in ("activation", "gather", "linear", "rms_norm", "layer_norm")]
-    files += [root / f"shared/{name}.py" for name in ("cuda_graphs", "models/decoder", "workspace")]
+    files += [root / f"kernels/{op}.py" for op in OPS_OF_A_STEP]
+    files += [
+        root / f"shared/{name}.py" for name in ("cuda_graphs", "models/decoder", "models/transformer", "workspace")
+    ]
     waits = re.compile(r"synchronize\(|\.(item|tolist|cpu|numpy)\(|\.to\(.cpu")
     found = {
         f"{path.relative_to(root)}: {line.strip()}"
