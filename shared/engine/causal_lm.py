@@ -233,7 +233,7 @@ def _refuse_ways(asked: Any) -> None:
 def _refuse(kwargs: dict[str, Any]) -> None:
     """Raises ValueError for an argument that asks for something; None and False ask for nothing."""
     for name, value in kwargs.items():
-        if value is None or value is False:
+        if value is None or value is False or name == "tokenizer":  # generate's, for stop strings, gets here too
             continue
         if name in ("output_hidden_states", "output_attentions"):
             raise ValueError(f"{name}: the fused layers keep none; run the model without kernel injection for them")
