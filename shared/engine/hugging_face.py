@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shared.engine.session import Session
 
-__all__ = ["Asked", "CausalLMOutputWithPast", "KvSessionCache", "PreTrainedModel", "shell_of"]
+__all__ = ["Asked", "CausalLMOutputWithPast", "KvSessionCache", "PreTrainedModel", "shell_of", "without_weights"]
 
 
 class KvSessionCache(Cache):
@@ -103,6 +104,14 @@ def model_on_meta(folder: Path) -> PreTrainedModel:
     """The causal language model of a folder's config.json, without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class and config in memory, whose parameters hold nothing yet."""
+    with no_init_weights():
+        fresh = type(model)(model.config)
+    fresh.tie_weights()
+    return fresh
 
 
 def model_from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -9,7 +9,7 @@ Without kernel_inject the model computes as it did, in the dtype asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,15 +43,9 @@ class InferenceEngine(nn.Module):
         super().__init__()
         config.check_supported()
         self._config = config
-        self._injection: Injection | None = inject(model, config)
-        self.module = self._injection.module
-        if self._injection.wants_graph and not torch.cuda.is_available():
-            raise ValueError(
-                "enable_cuda_graph: there is no CUDA device, and a model without kernel injection is replayed by "
-                "nothing else; leave it out"
-            )
-        self._graph = ModuleGraph(self.module) if self._injection.wants_graph else None
+        self._injection: Injection | None = None
         self._profile: ModelProfile | None = None
+        self._take_over(inject(model, config))
 
     @torch.inference_mode()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,6 +114,25 @@ class InferenceEngine(nn.Module):
         assert self._profile.layers, "layer profiling is not enabled: profile_model_time(layers=True)"
         return self._profile.layer_times()
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The weights of a model that set_empty_params left without, by the model's own names; else as any module."""
+        if self._injection is None or not self._config.set_empty_params:
+            if self._injection is not None and self._injection.causal_lm is not None:
+                return self.module.load_state_dict(state_dict)  # which says why it cannot
+            return super().load_state_dict(state_dict, strict, assign)
+        from shared.engine.hugging_face import PreTrainedModel, without_weights
+
+        if not isinstance(self.module, PreTrainedModel):
+            raise ValueError(
+                f"set_empty_params: how {type(self.module).__name__} is made anew is not known; load its weights "
+                "first, and leave it out"
+            )
+        module = without_weights(self.module)
+        loaded = module.load_state_dict(state_dict, strict)
+        self._config = self._config.model_copy(update={"set_empty_params": False})
+        self._take_over(inject(module, self._config))
+        return loaded
+
     def destroy(self) -> None:
         """Frees weights, caches and graphs; no call can follow. Once is enough, twice is no harm."""
         if self._profile is not None:
@@ -137,9 +150,20 @@ class InferenceEngine(nn.Module):
                 raise
             return getattr(super().__getattr__("module"), name)
 
+    def _take_over(self, injection: Injection) -> None:
+        if injection.wants_graph and not torch.cuda.is_available():
+            raise ValueError(
+                "enable_cuda_graph: there is no CUDA device, and a model without kernel injection is replayed by "
+                "nothing else; leave it out"
+            )
+        self._injection, self.module = injection, injection.module
+        self._graph = ModuleGraph(self.module) if injection.wants_graph else None
+
     def _check_alive(self) -> None:
         if self._injection is None:
             raise RuntimeError("this engine was destroyed; make another one by init_inference")
+        if self._config.set_empty_params:
+            raise RuntimeError("set_empty_params: the model has no weights yet; load_state_dict brings them")
 
     def _check_length(self, length: int, asked: Any) -> None:
         most = max_context = self._config.max_out_tokens

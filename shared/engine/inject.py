@@ -39,12 +39,15 @@ class Injection:
 
 def inject(model: Any, config: InferenceConfig) -> Injection:
     """Raises ValueError for what config and model make impossible, before weights are read."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_host = config.keep_module_on_host or not torch.cuda.is_available()
+    device = "cpu" if on_host else "cuda"
     if isinstance(model, str | Path):
         return _folder(Path(model), config, device)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: wants a model, a folder or a pipeline, has a {type(model).__name__}")
     _override(model, config)
+    if config.set_empty_params:
+        return Injection(model.to("meta").eval(), lambda: None)
     if not config.replace_with_kernel_inject:
         return _as_it_is(model, config, device)
     policy = _policy(model, config)

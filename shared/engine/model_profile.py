@@ -30,7 +30,9 @@ class ModelProfile:
         self._module, self._observe = module, observe
         self._forwards: list[tuple[Mark, Mark]] = []
         self._layers: list[list[Mark]] = []  # of each forward, one mark more than it has layers
+        # of the call that is under way; of one that failed nothing stays
         self._begun: list[Mark] = []
+        self._pending: list[Mark] = []
         self._by_events = False
         self._watches_calls = watches_calls
         self._hooks: list[Any] = []
@@ -87,11 +89,14 @@ class ModelProfile:
 
     def _watch_calls(self) -> None:
         def before(*_: Any) -> None:
-            self._begun = [self._mark()]  # of a call that failed nothing stays
+            self._pending, self._begun = [], [self._mark()]
 
         def after(*_: Any) -> None:
             if self._begun:
                 self._forwards.append((self._begun.pop(), self._mark()))
+            if self._pending:
+                self._layers.append(self._pending)
+                self._pending = []
 
         self._hooks = [self._module.register_forward_pre_hook(before), self._module.register_forward_hook(after)]
 
@@ -101,10 +106,8 @@ class ModelProfile:
         self._hooks = []
 
     def _watch_layers(self) -> None:
-        def after(index: int) -> None:
-            if index < 0:
-                self._layers.append([])
-            self._layers[-1].append(self._mark())
+        def after(_: int) -> None:
+            self._pending.append(self._mark())
 
         if self._observe is not None:
             self._observe(after)
