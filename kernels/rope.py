@@ -5,7 +5,8 @@
         y[i + rotary / 2] = x[i + rotary / 2] * cos[p, i] + x[i] * sin[p, i]
     interleaved (the order of the paper and of GPT-J): the same of x[2i] and x[2i + 1]
 
-Dimensions from `rotary` on pass through. With q_norm and k_norm, each head is first RMS-normalised (Qwen 3).
+Dimensions from `rotary` on pass through, all of them where it is 0: a position then only has to be in range. With
+q_norm and k_norm, each head is first RMS-normalised (Qwen 3).
 
     qkv          [tokens, (heads + 2 * kv_heads) * head_dim]: q heads, k heads, v heads
     cos_sin      [max_positions, rotary] float32: cos in the first half of a row, sin in the second, of frequencies
