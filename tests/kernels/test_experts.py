@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import linear as linears
-from kernels.activation import gated_silu
+from kernels.activation import gated
 from kernels.cpu.library import record
 from kernels.experts import ExpertWeights
 from kernels.linear import LinearWeight, has_pairs, linear
@@ -192,7 +192,7 @@ def test_a_layer_is_replayed_on_the_inputs_of_the_moment(how: Quantization | Non
     def run() -> None:
         top_k_gating(logits, k, renormalize=True, weights_out=weights, experts_out=experts)
         routing = route(experts, num_experts, out=memory)
-        gated_silu(grouped_linear(x, first, routing, out=inner), out=active)
+        gated(grouped_linear(x, first, routing, out=inner), "silu", out=active)
         grouped_linear(active, second, routing, pair_weights=weights, out=y)
         combine(y, k, shared=x, shared_gate=gate, out=out)
 
