@@ -130,7 +130,8 @@ def _checked(folder: Path, weights: Weights, allow_pickle: bool) -> Weights:
     if weights.kind == "pickle" and not allow_pickle:
         raise ModelError(
             f"{folder} holds its weights as pickle ({weights.paths[0].name}), which can run code when loaded; "
-            "convert them to safetensors, or pass --allow-pickle if you trust their source"
+            "convert them to safetensors, or pass --allow-pickle (to init_inference: checkpoint_config.allow_pickle) "
+            "if you trust their source"
         )
     return weights
 

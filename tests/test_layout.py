@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "decode_worker": {"shared", "tandem"},
     "cli": {"shared", "tandem", "benchmarks"},
     "benchmarks": {"shared", "kernels", "tandem", "cli"},
-    "examples": {"tandem"},
+    "examples": {"shared", "tandem"},
 }
 OURS = {*MAY_IMPORT, "tandem", "tests"}
 

@@ -5,17 +5,35 @@ The one file of the engine that imports transformers; that takes seconds, and no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shared.engine.session import Session
 
-__all__ = ["CausalLMOutputWithPast", "KvSessionCache", "PreTrainedModel", "asked_of_generation", "shell_of"]
+__all__ = [
+    "CausalLMOutputWithPast",
+    "KvSessionCache",
+    "PreTrainedModel",
+    "UnlistedCausalLM",
+    "asked_of_generation",
+    "shell_of",
+]
 
 
 class KvSessionCache(Cache):
@@ -73,15 +91,66 @@ def shell_of(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, *
     return shell.eval()
 
 
-def model_on_meta(folder: Path) -> PreTrainedModel:
-    """The causal language model of a folder's config.json, without weights."""
+class UnlistedCausalLM(PreTrainedModel, GenerationMixin):
+    """The interface of a causal language model that transformers has no class for: a shell is made of it."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+
+    @classmethod
+    def of(cls, fields: Mapping[str, object]) -> UnlistedCausalLM:
+        """fields: of its config.json."""
+        config = PreTrainedConfig()
+        for name, value in fields.items():
+            if not hasattr(type(config), name) or not isinstance(getattr(type(config), name), property):
+                setattr(config, name, value)
+        return cls(config)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        raise NotImplementedError("a shell computes by what it is given")
+
+
+def is_listed(fields: Mapping[str, object]) -> bool:
+    """Whether transformers has a causal language model for this config.json."""
+    return str(fields.get("model_type")) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def model_on_meta(folder: Path, fields: Mapping[str, object], overrides: Mapping[str, object]) -> PreTrainedModel:
+    """The causal language model of a folder's config.json without weights, of a class of transformers if it has one.
+
+    fields: what config.json says. overrides: fields of the config to be other than it says.
+    """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        if is_listed(fields):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **overrides))
+        else:
+            model = UnlistedCausalLM.of({**fields, **overrides})
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
-def model_from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def model_from_folder(
+    folder: Path, dtype: torch.dtype, overrides: Mapping[str, object], *, allow_pickle: bool
+) -> PreTrainedModel:
     """As transformers loads it."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    safetensors_alone = None if allow_pickle else True
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=safetensors_alone, **overrides)
+
+
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class and config in memory, whose parameters hold nothing yet."""
+    with no_init_weights():
+        fresh = type(model)(model.config)
+    fresh.tie_weights()
+    return fresh
 
 
 def asked_of_generation(module: nn.Module, arguments: dict[str, Any]) -> GenerationConfig:

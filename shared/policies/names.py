@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -85,5 +87,11 @@ def choose(sources: tuple[Source, ...], present: Collection[str]) -> Source:
 def _is_there(name: str, present: Collection[str]) -> bool:
     if "{" not in name:
         return name in present
-    start, end = name[: name.index("{")], name[name.rindex("}") + 1 :]
-    return any(one.startswith(start) and one.endswith(end) for one in present)
+    numbered = _pattern(name)
+    return any(numbered.fullmatch(one) for one in present)
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern[str]:
+    """With any number in the place of each."""
+    return re.compile(re.sub(r"\\{\w+\\}", r"\\d+", re.escape(name)))
