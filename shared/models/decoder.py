@@ -6,6 +6,8 @@ chunked or cached.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -71,6 +73,10 @@ class Decoder:
         if a.logit_scale != 1.0 or a.logit_cap is not None:
             scale(logits, a.logit_scale, soft_cap=a.logit_cap, out=logits)
         return logits
+
+    def observe_layers(self, after_layer: Callable[[int], None] | None) -> None:
+        """See Transformer.after_layer."""
+        self._layers.after_layer = after_layer
 
     def _embedded(self, batch: RaggedBatch, take: Take) -> Tensor:
         a, weights = self.architecture, self._weights
