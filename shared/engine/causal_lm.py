@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +74,17 @@ class CausalLM:
         self.engine = Engine(plan, weights=weights)
         self._pool = Pool(self.engine)
         self._max_tokens = max_context
-        self.module = shell_of(model, torch.device(device), dtype, forward=self.forward)
-        self._vocab_size = architecture.vocab_size
+        self._kind, self._vocab_size = type(model), architecture.vocab_size
+        self.module = shell_of(
+            model,
+            torch.device(device),
+            dtype,
+            forward=self.forward,
+            generate=self.generate,
+            state_dict=_no_parameters("state_dict"),
+            load_state_dict=_no_parameters("load_state_dict"),
+            _apply=self._apply,
+        )
 
     def forward(
         self,
@@ -96,20 +106,27 @@ class CausalLM:
         from shared.engine.hugging_face import CausalLMOutputWithPast, KvSessionCache
 
         _refuse(kwargs)
-        if input_ids is None or input_ids.dim() != 2:
+        if input_ids is None or input_ids.dim() != 2 or input_ids.is_floating_point():
             raise ValueError("input_ids: wants token ids [rows, columns]; embeddings are not taken in their place")
-        if past_key_values is None:
+        config = self.module.config
+        is_fresh = past_key_values is None
+        if is_fresh:
             past_key_values = KvSessionCache(self.session(input_ids.shape[0]))
-            weakref.finalize(past_key_values, past_key_values.session.close)
+            weakref.finalize(past_key_values, past_key_values.session.close).atexit = False
         elif not isinstance(past_key_values, KvSessionCache):
             raise ValueError(
                 f"past_key_values: wants what an earlier call returned, has a {type(past_key_values).__name__}"
             )
         session = past_key_values.session
-        if position_ids is not None:
-            session.check_positions(position_ids, input_ids, attention_mask)
         keeps_one = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None
-        logits = session.feed(input_ids, attention_mask, "last" if keeps_one else "all")
+        try:
+            if position_ids is not None:
+                session.check_positions(position_ids, input_ids, attention_mask)
+            logits = session.feed(input_ids, attention_mask, "last" if keeps_one else "all")
+        except BaseException:
+            if is_fresh:
+                session.close()
+            raise
         if not isinstance(logits_to_keep, int):
             logits = logits[:, logits_to_keep]
         elif logits_to_keep:
@@ -117,10 +134,54 @@ class CausalLM:
         loss = None
         if labels is not None:
             loss = self.module.loss_function(logits=logits, labels=labels, vocab_size=self._vocab_size)
+        keeps_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
         answer = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=None if use_cache is False else past_key_values
+            loss=loss, logits=logits, past_key_values=past_key_values if keeps_cache else None
         )
-        return answer.to_tuple() if return_dict is False else answer
+        wants_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
+        return answer if wants_dict else answer.to_tuple()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own loop, over a cache that this call begins with and ends with.
+
+        Only a cache that the caller gives outlives it. Raises NotImplementedError for ways of decoding that the fused
+        layers do not have.
+        """
+        from shared.engine.hugging_face import Asked, KvSessionCache
+
+        arguments = by_name(args, kwargs)
+        asked = Asked.of(self.module, arguments).config
+        _refuse_ways(asked)
+        plain_generate = self._kind.generate
+        if asked.use_cache is False or kwargs.get("past_key_values") is not None:
+            return plain_generate(self.module, *args, **kwargs)
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("inputs_embeds: not taken by a model with kernel injection; give input_ids")
+        if arguments.get("cache_implementation") or getattr(
+            arguments.get("generation_config"), "cache_implementation", None
+        ):
+            raise ValueError("cache_implementation: the engine's cache is its own; leave it out")
+        if asked.cache_implementation:  # the model's own wish, which is of no use here
+            kwargs["cache_implementation"] = None
+        prompt = prompt_of(arguments)
+        if prompt is not None and prompt.dim() != 2:
+            raise ValueError(f"input_ids: {list(prompt.shape)}, wants the prompts' token ids [rows, columns]")
+        rows = 1 if prompt is None else prompt.shape[0]
+        session = self.session(rows * (asked.num_return_sequences or 1))
+        try:
+            return plain_generate(self.module, *args, **{**kwargs, "past_key_values": KvSessionCache(session)})
+        finally:
+            session.close()
+
+    @property
+    def max_tokens(self) -> int:
+        """Of prompt and output together, at most."""
+        return self._max_tokens
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that the model has positions for."""
+        return self.engine.plan.architecture.max_context
 
     def session(self, num_rows: int) -> Session:
         """An empty cache for so many rows."""
@@ -129,6 +190,44 @@ class CausalLM:
     def close(self) -> None:
         """Lets go of weights and pool."""
         self.engine.close()
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`to`, `half`, `cuda` and the like. Raises RuntimeError for another device or dtype than the engine's."""
+        own = torch.empty(0, dtype=self.module.dtype, device=self.module.device)
+        asked = function(own)
+        if (asked.dtype, asked.device.type) != (own.dtype, own.device.type):
+            raise RuntimeError(
+                f"the injected layers compute in {own.dtype} on {own.device}, and cannot be made {asked.dtype} on "
+                f"{asked.device}; give init_inference the dtype"
+            )
+        return self.module
+
+
+def by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of transformers' `generate`, as far as they are looked at."""
+    return {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+
+
+def prompt_of(arguments: dict[str, Any]) -> Tensor | None:
+    given = arguments.get("input_ids")
+    return arguments.get("inputs") if given is None else given
+
+
+# what a way of decoding that the fused layers do not have is asked for by, and what it needs
+_WAYS = {
+    "penalty_alpha": "contrastive search reads hidden states",
+    "dola_layers": "DoLa reads the logits of early layers",
+    "assistant_early_exit": "the draft would be read from early layers",
+    "use_mtp": "the draft's layers are not injected",
+    "constraints": "constraints need beams",
+    "force_words_ids": "forced words need beams",
+}
+
+
+def _refuse_ways(asked: Any) -> None:
+    for name, why in _WAYS.items():
+        if getattr(asked, name, None):
+            raise NotImplementedError(f"{name}: {why}, and kernel injection keeps none; leave it out")
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
@@ -139,6 +238,16 @@ def _refuse(kwargs: dict[str, Any]) -> None:
         if name in ("output_hidden_states", "output_attentions"):
             raise ValueError(f"{name}: the fused layers keep none; run the model without kernel injection for them")
         raise ValueError(f"{name}: not taken by a model with kernel injection")
+
+
+def _no_parameters(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(
+            f"{name}: the injected layers have their weights fused, and the model's own are gone; save or load the "
+            "model before init_inference"
+        )
+
+    return refuse
 
 
 def _num_blocks(layout: KvLayout, max_context: int, min_tokens: int, device: str) -> int:

@@ -7,7 +7,7 @@ logits = engine.forward([BatchEntry(prompt, 0, blocks), BatchEntry([token], 17, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -57,6 +57,7 @@ class Engine:
         self.kv = KvCache(plan.layout, plan.num_blocks, memory=tensor, device=plan.device)
         self._memory = memory
         self._decoder = Decoder(plan.architecture, weights or _load_weights(plan), deterministic=plan.deterministic)
+        self._is_observed = False
         self._in_triton = in_triton("the engine", self.kv.pool)
         self._runner = self._make_runner()
         # begins a step before the one before has ended; None on a CPU, whose cores have the step to compute
@@ -84,8 +85,10 @@ class Engine:
 
         The next forward may overwrite them.
         """
-        if len(entries) <= self._runner.max_sequences and all(
-            len(entry.token_ids) == 1 and entry.wants != "none" for entry in entries
+        if (
+            len(entries) <= self._runner.max_sequences
+            and not self._is_observed
+            and all(len(entry.token_ids) == 1 and entry.wants != "none" for entry in entries)
         ):
             return self._runner.run(entries)
         return self._run(build_batch(entries, self.plan.layout.block_tokens))
@@ -95,6 +98,14 @@ class Engine:
         if len(entries) <= self._runner.max_sequences:
             return self._runner.step(entries, rows)
         return [None] * len(rows), self.forward(entries)
+
+    def observe_layers(self, after_layer: Callable[[int], None] | None) -> None:
+        """Has it called after each layer of a `forward`, with its index, and with -1 before the first; None: no more.
+
+        Forwards then run op by op.
+        """
+        self._is_observed = after_layer is not None
+        self._decoder.observe_layers(after_layer)
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copies blocks within the pool, in order. Each block is one contiguous range."""

@@ -5,7 +5,10 @@ The one file of the engine that imports transformers; that takes seconds, and no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from shared.engine.session import Session
 
 __all__ = [
+    "Asked",
     "CausalLMOutputWithPast",
     "KvSessionCache",
     "PreTrainedModel",
     "UnlistedCausalLM",
-    "asked_of_generation",
     "shell_of",
 ]
 
@@ -62,9 +65,18 @@ class KvSessionCache(Cache):
     def is_initialized(self) -> bool:
         return True
 
-    def crop(self, max_length: int, *args: Any, **kwargs: Any) -> None:
-        """Forgets all columns behind the first `max_length`, or the last `-max_length` ones."""
-        self.session.crop(max_length if max_length >= 0 else self.session.columns + max_length)
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last columns: -3 the last three, as transformers counts them. Raises ValueError for others."""
+        if tokens_to_remove > 0 or -tokens_to_remove > self.session.columns:
+            raise ValueError(
+                f"crop: {tokens_to_remove}, wants 0 or less, minus the columns to forget of the {self.session.columns} "
+                "that there are"
+            )
+        self.session.crop(self.session.columns + tokens_to_remove)
 
     def reset(self) -> None:
         self.session.crop(0)
@@ -74,21 +86,34 @@ class KvSessionCache(Cache):
 
 
 def shell_of(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, **overrides: Any) -> PreTrainedModel:
-    """A model of the same class and configuration that computes by `overrides`, its parameters left out.
+    """A model of the same class and configuration that computes by `overrides`, its parameters left on meta.
 
-    overrides: methods by name; `forward` above all. What of the class is about generating goes on working.
+    overrides: functions by the names of the methods that they are in place of; `forward` above all. What of the class
+    is about generating goes on working.
     """
     kind = type(model)
     with torch.device("meta"):
         shell = kind(model.config)
-    for child in list(shell.children()):
-        child.requires_grad_(False)
+    shell.requires_grad_(False)
     properties = {"device": property(lambda _: device), "dtype": property(lambda _: dtype)}
-    methods = {name: staticmethod(method) for name, method in overrides.items()}
+    methods = {name: staticmethod(_plain(function)) for name, function in overrides.items()}
+    # positions count the tokens of a row, which the engine does itself: transformers' are wrong behind right padding
+    methods["_prepare_position_ids_for_generation"] = staticmethod(lambda *_: None)
     shell.__class__ = type(kind.__name__, (kind,), {**properties, **methods, "__module__": kind.__module__})
     if getattr(model, "generation_config", None) is not None:
         shell.generation_config = model.generation_config
     return shell.eval()
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One that knows its signature, which transformers asks for before each token."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    vars(call)["__signature__"] = inspect.signature(function)
+    return call
 
 
 class UnlistedCausalLM(PreTrainedModel, GenerationMixin):
@@ -153,9 +178,31 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
     return fresh
 
 
-def asked_of_generation(module: nn.Module, arguments: dict[str, Any]) -> GenerationConfig:
-    """What `generate` would make of these arguments, as far as they are fields of a GenerationConfig."""
-    given = arguments.get("generation_config") or getattr(module, "generation_config", None) or GenerationConfig()
-    asked = GenerationConfig.from_dict(given.to_dict())
-    asked.update(**{name: value for name, value in arguments.items() if hasattr(asked, name)})
-    return asked
+@dataclass(frozen=True)
+class Asked:
+    """What a call of `generate` asks for: its own arguments, else its GenerationConfig's, else the model's."""
+
+    config: GenerationConfig
+    max_total_tokens: int | None  # of prompt and output; None: max_new_tokens says it
+    max_new_tokens: int | None
+
+    @classmethod
+    def of(cls, module: nn.Module, arguments: dict[str, Any]) -> Asked:
+        """module: with a `generate`, of transformers or with arguments as it has them."""
+        given = arguments.get("generation_config")
+        own = getattr(module, "generation_config", None)
+        prepare = getattr(module, "_prepare_generation_config", None)
+        if prepare is None:
+            config = GenerationConfig(**{name: arguments[name] for name in _LENGTHS if name in arguments})
+        else:
+            others = {name: value for name, value in arguments.items() if name in vars(GenerationConfig())}
+            config = prepare(given, **others)[0]
+        totals = (arguments.get("max_length"), getattr(given, "max_length", None), getattr(own, "max_length", None))
+        total = None if config.max_new_tokens is not None else next((n for n in totals if n is not None), None)
+        new = config.max_new_tokens
+        if new is None and total is None and prepare is not None:
+            new = config.max_length  # transformers' default for new tokens alone
+        return cls(config, total, new)
+
+
+_LENGTHS = ("max_length", "max_new_tokens", "num_beams")

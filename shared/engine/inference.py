@@ -9,13 +9,17 @@ Without kernel_inject the model computes as it did, in the dtype asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from shared.config import InferenceConfig
+from shared.engine.causal_lm import by_name, prompt_of
 from shared.engine.inject import Injection, inject
+from shared.engine.model_profile import ModelProfile
+from shared.engine.session import too_long
 from shared.module_graph import ModuleGraph
 
 
@@ -30,7 +34,10 @@ def init_inference(model: Any, config: Any = None, **kwargs: Any) -> InferenceEn
 
 
 class InferenceEngine(nn.Module):
-    """A model that computes through the engine. Any number of them live in one process; `destroy` frees one."""
+    """A model that computes through the engine. Any number of them live in one process; `destroy` frees one.
+
+    What it does not have itself it has from its module: config, device, generation_config, can_generate.
+    """
 
     def __init__(self, model: Any, config: InferenceConfig) -> None:
         super().__init__()
@@ -38,12 +45,24 @@ class InferenceEngine(nn.Module):
         self._config = config
         self._injection: Injection | None = inject(model, config)
         self.module = self._injection.module
+        if self._injection.wants_graph and not torch.cuda.is_available():
+            raise ValueError(
+                "enable_cuda_graph: there is no CUDA device, and a model without kernel injection is replayed by "
+                "nothing else; leave it out"
+            )
         self._graph = ModuleGraph(self.module) if self._injection.wants_graph else None
+        self._profile: ModelProfile | None = None
 
     @torch.inference_mode()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own interface and output type."""
-        return (self._graph or self.module)(*args, **kwargs)
+        self._check_alive()
+        if self._graph is None or (self._profile is not None and self._profile.layers):
+            return self.module(*args, **kwargs)
+        if self._profile is None:
+            return self._graph(*args, **kwargs)
+        with self._profile.whole():
+            return self._graph(*args, **kwargs)
 
     @torch.inference_mode()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,49 +71,92 @@ class InferenceEngine(nn.Module):
         Raises NotImplementedError for beams, RuntimeError for a prompt, or a prompt with the new tokens, that exceeds
         max_out_tokens, and AttributeError for a model that does not generate.
         """
-        from shared.engine.hugging_face import KvSessionCache, asked_of_generation
+        from shared.engine.hugging_face import Asked
 
+        self._check_alive()
         generate = getattr(self.module, "generate", None)
         if generate is None:
             raise AttributeError(f"{type(self.module).__name__} does not generate")
-        names = ("inputs", "generation_config")
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        asked = asked_of_generation(self.module, arguments)
-        if (asked.num_beams or 1) > 1:
+        arguments = by_name(args, kwargs)
+        asked = Asked.of(self.module, arguments)
+        if (asked.config.num_beams or 1) > 1:
             raise NotImplementedError(
-                "num_beams: DeepSpeed does not support `num_beams` > 1, and neither do the engine's caches"
+                "DeepSpeed does not support `num_beams` > 1, and neither does this engine: its cache holds one "
+                "continuation of a prompt. Leave num_beams out, or ask for num_return_sequences with do_sample"
             )
-        prompt = arguments.get("input_ids", arguments.get("inputs"))
-        causal_lm = self._injection.causal_lm if self._injection else None
-        if prompt is not None:
-            self._check_length(prompt.shape[-1], asked)
-        if causal_lm is None or asked.use_cache is False or kwargs.get("past_key_values") is not None:
-            return generate(*args, **kwargs)
-        if prompt is None:
-            raise ValueError("input_ids: wants the prompts' token ids [rows, columns]")
-        session = causal_lm.session(prompt.shape[0] * (asked.num_return_sequences or 1))
-        try:
-            return generate(*args, **{**kwargs, "past_key_values": KvSessionCache(session)})
-        finally:
-            session.close()
+        prompt = prompt_of(arguments)
+        self._check_length(1 if prompt is None else prompt.shape[-1], asked)
+        reset_cache: Callable[[], None] | None = getattr(self.module, "reset_cache", None)
+        if reset_cache is not None:
+            reset_cache()
+        return generate(*args, **kwargs)
 
-    def _check_length(self, length: int, asked: Any) -> None:
-        most = self._config.max_out_tokens
-        if length > most:
-            raise RuntimeError(
-                f"Input with size {length} exceeds maximum length of {most}. Please increase max_tokens in the "
-                "inference config."
+    def profile_model_time(self, use_cuda_events: bool = True, *, layers: bool = False) -> None:
+        """Times every forward from here on, those of `generate` too; called again, it changes how.
+
+        use_cuda_events: on a CUDA device, by the device's own clock; otherwise by the wall clock. layers: their times,
+        too, for which forwards run op by op, without graphs and replays.
+        """
+        self._check_alive()
+        if self._profile is None:
+            observe = self._injection.observe_layers if self._injection else None
+            self._profile = ModelProfile(self.module, observe, watches_calls=self._graph is None)
+        self._profile.set(use_cuda_events=use_cuda_events, layers=layers)
+
+    def model_times(self) -> list[float]:
+        """ms of each forward since the last call of this. Raises AssertionError unless profiling is on."""
+        assert self._profile is not None, "model profiling is not enabled"
+        times = self._profile.model_times()
+        if not times and self._config.enable_cuda_graph:
+            raise ValueError(
+                "Model times are empty and cuda graph is enabled: nothing went through the graph since profiling "
+                "began; call the engine"
             )
-        new = asked.max_new_tokens
-        if new is not None and length + new > most:
-            raise RuntimeError(
-                f"Input with size {length} and {new} new tokens exceeds maximum length of {most}. Please increase "
-                "max_tokens in the inference config, or ask for fewer tokens."
-            )
+        return times
+
+    def layer_times(self) -> list[list[float]]:
+        """ms of each layer, by forwards since the last call of this. Raises AssertionError unless it was asked for."""
+        assert self._profile is not None, "model profiling is not enabled"
+        assert self._profile.layers, "layer profiling is not enabled: profile_model_time(layers=True)"
+        return self._profile.layer_times()
 
     def destroy(self) -> None:
-        """Frees weights, caches and graphs; no call can follow."""
+        """Frees weights, caches and graphs; no call can follow. Once is enough, twice is no harm."""
+        if self._profile is not None:
+            self._profile.close()
         if self._injection is not None:
             self._injection.close()
-        self._injection = self._graph = None
+        self._injection = self._graph = self._profile = None
         self.module = nn.Module()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module" or name.startswith("__"):
+                raise
+            return getattr(super().__getattr__("module"), name)
+
+    def _check_alive(self) -> None:
+        if self._injection is None:
+            raise RuntimeError("this engine was destroyed; make another one by init_inference")
+
+    def _check_length(self, length: int, asked: Any) -> None:
+        most = max_context = self._config.max_out_tokens
+        causal_lm = self._injection.causal_lm if self._injection else None
+        if causal_lm is not None:
+            most, max_context = causal_lm.max_tokens, causal_lm.max_context
+        else:
+            max_context += 1  # a limit of the model itself is its own to tell
+        if length > most:
+            raise RuntimeError(too_long(length, most, max_context))
+        # an encoder-decoder's output has a length of its own
+        before = 0 if getattr(getattr(self.module, "config", None), "is_encoder_decoder", False) else length
+        total = asked.max_total_tokens
+        if asked.max_new_tokens is not None:
+            total = before + asked.max_new_tokens
+        if total is not None and total > most:
+            raise RuntimeError(
+                f"{too_long(total, most, max_context)} {length} of them are the prompt's, and {total - before} are to "
+                "be generated."
+            )

@@ -38,6 +38,8 @@ class Injection:
     module: nn.Module
     close: Callable[[], None]
     causal_lm: CausalLM | None = None
+    # has a function called after each layer, with its index, and before the first with -1; None: no more
+    observe_layers: Callable[[Callable[[int], None] | None], None] | None = None
     wants_graph: bool = False  # the module's whole forward is to be captured
 
 
@@ -109,7 +111,7 @@ def _causal_lm(given: Given, config: InferenceConfig, device: str) -> Injection:
     injected = CausalLM(
         module, architecture, weights, limits, device=device, enable_cuda_graph=config.enable_cuda_graph
     )
-    return Injection(injected.module, injected.close, injected)
+    return Injection(injected.module, injected.close, injected, injected.engine.observe_layers)
 
 
 def _generating(given: Given) -> Any:

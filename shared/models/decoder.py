@@ -6,6 +6,8 @@ chunked or cached.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -85,6 +87,10 @@ class Decoder:
     def workspace_bytes(self) -> int:
         """Of activations, which all layers share."""
         return self._workspace.num_bytes
+
+    def observe_layers(self, after_layer: Callable[[int], None] | None) -> None:
+        """See Transformer.after_layer."""
+        self._layers.after_layer = after_layer
 
     def _embedded(self, batch: RaggedBatch, take: Take) -> Tensor:
         a, weights = self.architecture, self._weights

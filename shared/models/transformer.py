@@ -51,12 +51,16 @@ class Transformer:
         self._is_post = architecture.norm_order == "post"
         self._carries_norm = self._is_post or architecture.stream_of_norm
         self._norms = self._norms_in_order(weights)
+        # called with a layer's index when it was computed, or launched, and with -1 before the first
+        self.after_layer: Callable[[int], None] | None = None
 
     def forward(self, stream: Tensor, attend: Attend, take: Take, wanted: Tensor | None = None) -> Tensor:
         """stream [tokens, hidden], which is overwritten -> what the output layer reads, of all tokens or of the rows
         `wanted` (int64) alone: after the last attention a token looks at no other."""
         run = _Stream(self, stream, take)
         norms = iter(self._norms)
+        if self.after_layer is not None:
+            self.after_layer(-1)
         run.enter(next(norms))
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
@@ -77,6 +81,8 @@ class Transformer:
                 run.advance(output, next(norms))
                 output = self._mlp(run.x, index, layer, take)
             run.advance(self._closed(output, layer.mlp_output_norm, take), next(norms))
+            if self.after_layer is not None:
+                self.after_layer(index)
         return run.x
 
     def linear(self, x: Tensor, weight: LinearWeight, out: Tensor) -> Tensor:
