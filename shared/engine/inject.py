@@ -3,6 +3,7 @@
 model                          with kernel_inject               without
 causal language model          causal_lm.py                     as it is, in the dtype and on the device asked for
 a folder                       its weights are read one by one  as transformers loads it
+a diffusers pipeline           diffusion.py                     as it is, in the dtype and on the device asked for
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from shared.checkpoint import Checkpoint, open_any, open_checkpoint
 from shared.checkpoint.state_dict import StateDictCheckpoint
 from shared.config import InferenceConfig, QuantizationMode
 from shared.engine.causal_lm import CausalLM, Limits
+from shared.engine.diffusion import InjectedPipeline, is_pipeline
 from shared.model_files import ModelFiles, find_weights, read_json
 from shared.models.weights import DTYPES, load_weights
 from shared.policies.policy import Policy, UnsupportedModelError
@@ -29,9 +31,10 @@ from shared.policies.table import policy_for
 class Injection:
     """What a model became. `close` frees what belongs to the engine."""
 
-    module: nn.Module
+    module: Any  # an nn.Module, or a pipeline
     close: Callable[[], None]
     causal_lm: CausalLM | None = None
+    pipeline: InjectedPipeline | None = None
     wants_graph: bool = False  # the module's whole forward is to be captured
 
 
@@ -40,6 +43,10 @@ def inject(model: Any, config: InferenceConfig) -> Injection:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(model, str | Path):
         return _folder(Path(model), config, device)
+    if is_pipeline(model):
+        dtype, mode = compute_dtype(config, device)
+        pipeline = InjectedPipeline(model, config, device=device, dtype=dtype, mode=mode)
+        return Injection(model, pipeline.close, pipeline=pipeline)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: wants a model, a folder or a pipeline, has a {type(model).__name__}")
     _override(model, config)
