@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.models.activations import GEGLU, GELU, ApproximateGELU, LinearActivation, SwiGLU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import (
@@ -28,7 +27,7 @@ from kernels.quantization import Quantization
 from shared.engine import image_layers as ours
 from shared.engine.image_bindings import Binding, attention_binding
 
-__all__ = ["DiffusionPipeline", "ModelMixin", "Replacer"]
+__all__ = ["ModelMixin", "Replacer", "check"]
 
 # they compute the same attention, each in its way
 _PROCESSORS = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)

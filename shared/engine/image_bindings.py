@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from kernels.device import INTERPRETED
+from kernels import device as devices
 from kernels.linear import has_pairs
 from kernels.quantization import Quantization
 
@@ -30,7 +30,7 @@ def bindings(device: str, dtype: torch.dtype, quantization: Quantization | None 
 
     On a CPU by measurement (docs/benchmarks.md has the ratios): the engine's where it is as fast or faster.
     """
-    triton = device == "cuda" or INTERPRETED
+    triton = device == "cuda" or devices.INTERPRETED
     found = {op: Binding(op, "engine", "Triton's kernel" if triton else "as fast as torch's, or faster") for op in OPS}
     if quantization is not None:
         found["linear"] = Binding("linear", "engine", f"{quantization.form} weights")
@@ -43,7 +43,7 @@ def bindings(device: str, dtype: torch.dtype, quantization: Quantization | None 
 
 def attention_binding(binding: Binding, device: str, head_dim: int) -> Binding:
     """That of a layer: the engine's op takes some head_dims only."""
-    most = _MAX_HEAD_DIM["cuda" if INTERPRETED else device]
+    most = _MAX_HEAD_DIM["cuda" if devices.INTERPRETED else device]
     if binding.implementation == "torch" or (head_dim % 8 == 0 and head_dim <= most):
         return binding
     return Binding("attention", "torch", f"head_dim {head_dim} is no multiple of 8 up to {most}")

@@ -45,7 +45,7 @@ class Projection(nn.Module):
             return functional.linear(x, self.weight, self.bias)
         return linear(x.contiguous(), self.packed, own_bits=False)
 
-    def _save_to_state_dict(self, *_: Any) -> NoReturn:
+    def _save_to_state_dict(self, destination: Any, prefix: Any, keep_vars: Any) -> NoReturn:
         raise RuntimeError("an injected model is not saved: its weights are packed. Save it before init_inference")
 
 
@@ -99,8 +99,8 @@ class FeedForward(nn.Module):
 class Attention(nn.Module):
     """Attention among the rows of an image, or from them to an encoder's, with the projections around it.
 
-    Scores are float32 whatever the dtype. A mask is a bias of scores that the engine's op does not take: with one, torch
-    computes.
+    Scores are float32 whatever the dtype. A mask is a bias of scores that the engine's op does not take: with one,
+    torch computes.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, norms: Sequence[LayerNorm], attentions: Sequence[nn.Module], feed_forward: nn.Module) -> None:
         """One norm more than attentions, the last before the feed-forward."""
         super().__init__()
-        self.norms, self.attentions = nn.ModuleList(norms), nn.ModuleList(attentions)
+        self.norm1, self.norms, self.attentions = norms[0], nn.ModuleList(norms[1:]), nn.ModuleList(attentions)
         self.feed_forward = feed_forward
 
     def forward(
@@ -209,11 +209,13 @@ class TransformerBlock(nn.Module):
         states = [None, *[encoder_hidden_states] * (len(self.attentions) - 1)]
         masks = [attention_mask, *[encoder_attention_mask] * (len(self.attentions) - 1)]
         residual = hidden_states.reshape(-1, shape[-1]).contiguous()
-        normed = self.norms[0](residual)
-        for i, (attention, state, mask) in enumerate(zip(self.attentions, states, masks, strict=True)):
+        normed = self.norm1(residual)
+        own = False  # whether the residual's memory is: that of the first sum is, and later ones are written over it
+        for attention, norm, state, mask in zip(self.attentions, self.norms, states, masks, strict=True):
             attended = attention(normed.view(shape), encoder_hidden_states=state, attention_mask=mask, **others)
-            # the first sum has memory of its own, which the later ones are written over
-            normed, residual = self.norms[i + 1].add(attended.view(residual.shape), residual, in_place=i > 0)
+            assert isinstance(norm, LayerNorm)
+            normed, residual = norm.add(attended.view(residual.shape), residual, in_place=own)
+            own = True
         return residual.add_(self.feed_forward(normed)).view(shape)
 
 
