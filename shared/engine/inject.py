@@ -3,6 +3,7 @@
 model                          with kernel_inject               without
 causal language model          causal_lm.py                     as it is, in the dtype and on the device asked for
 a folder                       its weights are read one by one  as transformers loads it
+a diffusers pipeline           diffusion.py                     as it is, in the dtype and on the device asked for
 
 Which policy: the one of the options, else that of the config's model_type, else one that is found by names and shapes
 and held against the model's own answers (detection.py).
@@ -22,6 +23,7 @@ from shared.checkpoint import Checkpoint
 from shared.checkpoint.megatron import is_megatron
 from shared.config import InferenceConfig, QuantizationMode
 from shared.engine.causal_lm import CausalLM, Limits
+from shared.engine.diffusion import InjectedPipeline, is_pipeline
 from shared.engine.given import Given, given_module, load_into
 from shared.engine.saving import linears_of, save
 from shared.model_files import read_json
@@ -35,11 +37,12 @@ from shared.policies.table import POLICIES, policy_for
 class Injection:
     """What a model became. `close` frees what belongs to the engine."""
 
-    module: nn.Module
+    module: Any  # an nn.Module, or a pipeline
     close: Callable[[], None]
     causal_lm: CausalLM | None = None
     # has a function called after each layer, with its index, and before the first with -1; None: no more
     observe_layers: Callable[[Callable[[int], None] | None], None] | None = None
+    pipeline: InjectedPipeline | None = None
     wants_graph: bool = False  # the module's whole forward is to be captured
 
 
@@ -47,6 +50,10 @@ def inject(model: Any, config: InferenceConfig) -> Injection:
     """Raises ValueError for what config and model make impossible, before weights are read."""
     on_host = config.keep_module_on_host or not torch.cuda.is_available()
     device = "cpu" if on_host else "cuda"
+    if is_pipeline(model):
+        dtype, mode = compute_dtype(config, device)
+        pipeline = InjectedPipeline(model, config, device=device, dtype=dtype, mode=mode)
+        return Injection(model, pipeline.close, pipeline=pipeline)
     if not isinstance(model, str | Path | nn.Module):
         raise ValueError(f"model: wants a model, a folder or a pipeline, has a {type(model).__name__}")
     if config.replace_with_kernel_inject:
