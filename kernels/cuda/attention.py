@@ -354,7 +354,8 @@ def variants(capability: int) -> list[Variant]:
     for head_dim in (64, 128):
         for option in (plain, windowed, dense):
             found += _variants(capability, "fp32", head_dim, option)
-        for element in ("bf16", "fp32"):
+        found += _variants(capability, "fp16", head_dim, plain)
+        for element in ("bf16", "fp16", "fp32"):
             for form in GREATEST:
                 found += _variants(capability, element, head_dim, plain, form)
     return found

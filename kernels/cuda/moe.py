@@ -289,7 +289,7 @@ def _linear(name: str, dtype: str, in_features: int, out_features: int, choices:
             name for name, size in (("in_features", in_features), ("out_features", out_features)) if size % 16 == 0
         ),
         num_stages=num_stages,
-        matrix=dtype == "bf16",
+        matrix=dtype != "fp32",
     )
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels.dtypes import DTYPES
 from shared.checkpoint import Checkpoint, open_any, open_checkpoint
 from shared.checkpoint.state_dict import StateDictCheckpoint
 from shared.config import InferenceConfig, QuantizationMode
 from shared.engine.causal_lm import CausalLM, Limits
 from shared.model_files import ModelFiles, find_weights, read_json
-from shared.models.weights import DTYPES, load_weights
+from shared.models.weights import load_weights
 from shared.policies.policy import Policy, UnsupportedModelError
 from shared.policies.table import policy_for
 
