@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
+from kernels.dtypes import DTYPES
 from kernels.sampling import How, draw
 from shared.batch import NULL_BLOCK, BatchEntry, RaggedBatch, build_batch
 from shared.checkpoint import open_checkpoint
@@ -23,7 +24,7 @@ from shared.engine.plan import EnginePlan
 from shared.graphs import GraphRunner, Launch, ReplayRunner
 from shared.kv_cache import KvCache
 from shared.models.decoder import Decoder
-from shared.models.weights import DTYPES, ModelWeights, load_weights, packing_of
+from shared.models.weights import ModelWeights, load_weights, packing_of
 from shared.packed_weights import MIN_BYTES, share_packed
 from shared.penalties import SampleRow
 from shared.workspace import Workspace

@@ -53,13 +53,6 @@ class InferenceEngine(nn.Module):
         self._graph = ModuleGraph(self.module) if self._injection.wants_graph else None
         self._profile: ModelProfile | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        """A pipeline's own attributes are the engine's: `engine.unet`."""
-        injection = self.__dict__.get("_injection")
-        if injection is not None and injection.pipeline is not None and hasattr(injection.module, name):
-            return getattr(injection.module, name)
-        return super().__getattr__(name)
-
     @torch.inference_mode()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own interface and output type."""
@@ -142,7 +135,9 @@ class InferenceEngine(nn.Module):
         except AttributeError:
             if name == "module" or name.startswith("__"):
                 raise
-            return getattr(super().__getattr__("module"), name)
+            # a pipeline is no nn.Module, and stands among the plain attributes
+            module = self.__dict__.get("module") or self._modules["module"]
+            return getattr(module, name)
 
     def _check_alive(self) -> None:
         if self._injection is None:

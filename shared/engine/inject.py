@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels.dtypes import DTYPES
 from shared.checkpoint import Checkpoint
 from shared.checkpoint.megatron import is_megatron
 from shared.config import InferenceConfig, QuantizationMode
@@ -27,7 +28,7 @@ from shared.engine.diffusion import InjectedPipeline, is_pipeline
 from shared.engine.given import Given, given_module, load_into
 from shared.engine.saving import linears_of, save
 from shared.model_files import read_json
-from shared.models.weights import DTYPES, load_weights
+from shared.models.weights import load_weights
 from shared.policies.megatron_gpt2 import MEGATRON_GPT2
 from shared.policies.policy import Policy, UnsupportedModelError
 from shared.policies.table import POLICIES, policy_for

@@ -21,8 +21,6 @@ from shared.policies.names import Source, choose
 from shared.policies.policy import Policy
 from shared.policies.table import POLICIES
 
-# what weights and activations may be
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Input features that share a scale and an offset, as in GGUF's Q4_1, of which the default model's file is made. Groups
 # of 64 without offsets read a quarter less, and raised that model's perplexity by 40%.
 _INT4_GROUP, _INT4_GROUP_LEAST = 32, 8

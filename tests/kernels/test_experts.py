@@ -25,7 +25,9 @@ from kernels.moe import (
 )
 from kernels.quantization import Integers, Quantization, quantize
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 HOW = (
     None,
     Quantization(8),
@@ -276,7 +278,7 @@ def test_broken_contracts_are_refused() -> None:
     for other in (weight[:7], weight[:, :15], weight.bfloat16()):
         with pytest.raises(ValueError, match="must be alike, up to expert 1"):
             ExpertWeights([weight, other], 2)
-    with pytest.raises(ValueError, match="weight must be float32 or bfloat16"):
+    with pytest.raises(ValueError, match="weight must be float32, bfloat16 or float16"):
         ExpertWeights([weight.double()], 1)
     with pytest.raises(ValueError, match="cannot be cut into groups of 24"):
         ExpertWeights([weight], 1, Quantization(4, 24))

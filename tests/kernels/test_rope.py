@@ -11,7 +11,9 @@ from kernels.kv_format import GREATEST, KvFormat, KvPlanes, quantize_rows
 from kernels.rope import rope_and_cache, rope_and_cache_reference
 
 BLOCK_TOKENS, BLOCKS = 16, 40
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 TRITON = pytest.mark.parametrize(
     "on", ["triton, interpreted", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True
 )
@@ -85,7 +87,7 @@ def test_matches_the_reference(
         qkv.double(), cos_sin.double(), positions, slots, wide, heads, kv_heads, wide_q_norm, wide_k_norm, 1e-6,
         interleaved=interleaved,
     )  # fmt: skip
-    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     torch.testing.assert_close(q.double(), expected, atol=tolerance, rtol=tolerance)
     # equal_nan: every other slot still holds its poison
     torch.testing.assert_close(cache.keys.double(), wide.keys, atol=tolerance, rtol=tolerance, equal_nan=True)
@@ -281,7 +283,7 @@ def test_broken_contracts_are_refused() -> None:
     for error, message, change in (
         (ValueError, "qkv must be contiguous", {"num_heads": 2}),
         (ValueError, "must have 2 heads", {"num_kv_heads": 2}),
-        (ValueError, "share float32 or bfloat16", {"qkv": torch.zeros(2, 24).bfloat16()}),
+        (ValueError, "share float32, bfloat16 or float16", {"qkv": torch.zeros(2, 24).bfloat16()}),
         (ValueError, "cos_sin must be", {"cos_sin": make_cos_sin(8).double()}),
         (ValueError, "positions must be", {"positions": torch.zeros(2, dtype=torch.int64)}),
         (ValueError, "slots must be", {"slots": torch.zeros(3, dtype=torch.int64)}),
