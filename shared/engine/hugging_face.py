@@ -9,13 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutputWithPast,
+)
 
 from shared.engine.session import Session
 
-__all__ = ["CausalLMOutputWithPast", "KvSessionCache", "PreTrainedModel", "asked_of_generation", "shell_of"]
+__all__ = [
+    "BaseModelOutput",
+    "BaseModelOutputWithPooling",
+    "BaseModelOutputWithPoolingAndCrossAttentions",
+    "CausalLMOutputWithPast",
+    "KvSessionCache",
+    "PreTrainedModel",
+    "asked_of_generation",
+    "shell_of",
+]
 
 
 class KvSessionCache(Cache):
@@ -82,6 +97,13 @@ def model_on_meta(folder: Path) -> PreTrainedModel:
 def model_from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """As transformers loads it."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def encoder_from_folder(folder: Path) -> PreTrainedModel:
+    """As transformers loads it, as the class that its config.json names, or without a head."""
+    [name, *_] = getattr(AutoConfig.from_pretrained(folder), "architectures", None) or [""]
+    kind = getattr(transformers, name, AutoModel)
+    return kind.from_pretrained(folder, dtype=torch.float32)
 
 
 def asked_of_generation(module: nn.Module, arguments: dict[str, Any]) -> GenerationConfig:

@@ -2,6 +2,7 @@
 
 model                          with kernel_inject               without
 causal language model          causal_lm.py                     as it is, in the dtype and on the device asked for
+encoder, with a head or two    encoder_model.py                 as it is, in the dtype and on the device asked for
 a folder                       its weights are read one by one  as transformers loads it
 """
 
@@ -19,6 +20,7 @@ from shared.checkpoint import Checkpoint, open_any, open_checkpoint
 from shared.checkpoint.state_dict import StateDictCheckpoint
 from shared.config import InferenceConfig, QuantizationMode
 from shared.engine.causal_lm import CausalLM, Limits
+from shared.engine.encoder_model import EncoderModel, encoders_of, is_encoder
 from shared.model_files import ModelFiles, find_weights, read_json
 from shared.models.weights import DTYPES, load_weights
 from shared.policies.policy import Policy, UnsupportedModelError
@@ -45,6 +47,8 @@ def inject(model: Any, config: InferenceConfig) -> Injection:
     _override(model, config)
     if not config.replace_with_kernel_inject:
         return _as_it_is(model, config, device)
+    if encoders_of(model):
+        return _encoders(model, config, device)
     policy = _policy(model, config)
     fields = _fields(model)
     checkpoint = open_any(config.checkpoint, base_dir=config.base_dir) if config.checkpoint else _in_memory(model)
@@ -62,10 +66,12 @@ def compute_dtype(config: InferenceConfig, device: str) -> tuple[torch.dtype, Qu
 
 
 def _folder(folder: Path, config: InferenceConfig, device: str) -> Injection:
-    from shared.engine.hugging_face import model_from_folder, model_on_meta
+    from shared.engine.hugging_face import encoder_from_folder, model_from_folder, model_on_meta
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"model: {folder} has no config.json: it is no folder of a model")
+    if is_encoder(read_json(folder / "config.json")):
+        return inject(encoder_from_folder(folder), config)
     if not config.replace_with_kernel_inject:
         return _as_it_is(model_from_folder(folder, compute_dtype(config, device)[0]), config, device)
     model = model_on_meta(folder)
@@ -121,6 +127,12 @@ def _check_suffixes(model: nn.Module, policy: dict[type[nn.Module], tuple[str, .
         for suffix in suffixes:
             if not any(name.endswith(suffix) for name in names):
                 raise ValueError(f"Injection policy layer'{suffix}' not valid.")
+
+
+def _encoders(model: nn.Module, config: InferenceConfig, device: str) -> Injection:
+    checkpoint = open_any(config.checkpoint, base_dir=config.base_dir) if config.checkpoint else None
+    injected = EncoderModel(model, checkpoint, *compute_dtype(config, device), device)
+    return Injection(injected.module, injected.close, wants_graph=config.enable_cuda_graph)
 
 
 def _causal_lm(
