@@ -54,7 +54,7 @@ ENCODERS: dict[str, dict[str, object]] = {
 def random_encoder(kind: str, architecture: str | None = None) -> PreTrainedModel:
     """A random model of ENCODERS, float32, of a class of transformers or of the one without a head."""
     fields = dict(ENCODERS[kind])
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config = AutoConfig.for_model(str(fields.pop("model_type")), **fields)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, architecture)(config) if architecture else AutoModel.from_config(config)

@@ -59,7 +59,8 @@ class EncoderModel:
         Raises ValueError where those are on the meta device and no checkpoint is given, UnsupportedModelError or
         CheckpointError for encoders that cannot be made.
         """
-        self._checkpoint, self._dtype, self._quantization, self._device = checkpoint, dtype, quantization, device
+        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
+        self._quantization: QuantizationMode = quantization
         if checkpoint is None and any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("checkpoint: the model's weights are on the meta device; say where they are")
         self._tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -122,7 +123,7 @@ class EncoderModel:
     def _kept(self, module: nn.Module, name: str) -> nn.Module:
         """A copy in the engine's dtype, where it computes, with the checkpoint's values where there is one."""
         kept = copy.deepcopy(module)
-        for path, parameter in kept.named_parameters():
+        for path, parameter in list(kept.named_parameters(remove_duplicate=False)):
             owner, _, own = path.rpartition(".")
             value = self._value(f"{name}.{path}", parameter)
             setattr(kept.get_submodule(owner), own, nn.Parameter(value, requires_grad=False))
