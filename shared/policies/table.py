@@ -47,6 +47,12 @@ def policy_for(config: Config) -> Policy:
     return policy
 
 
+def embeds(config: Config) -> bool:
+    """Whether a model of this config.json answers vectors; one of a family that is not known answers tokens."""
+    policy = POLICIES.get(str(config.get("model_type")))
+    return policy is not None and policy.kind == "encoder"
+
+
 def architecture_of(config: Config) -> Architecture:
     """The architecture record of a parsed config.json; UnsupportedModelError names the field that cannot be served."""
     return policy_for(config).architecture(config)
