@@ -22,6 +22,10 @@ SMALL_FILES = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
+    # of an embedding model: what becomes of its hidden states
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
 )
 
 # Fields of config.json that say who wrote it and from where, not what the model computes.

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     Cache,
     GenerationConfig,
@@ -24,13 +26,21 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutputWithPast,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shared.engine.session import Session
 
 __all__ = [
     "Asked",
+    "BaseModelOutput",
+    "BaseModelOutputWithPooling",
+    "BaseModelOutputWithPoolingAndCrossAttentions",
     "CausalLMOutputWithPast",
     "KvSessionCache",
     "PreTrainedModel",
@@ -168,6 +178,13 @@ def model_from_folder(
     """As transformers loads it."""
     safetensors_alone = None if allow_pickle else True
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=safetensors_alone, **overrides)
+
+
+def encoder_from_folder(folder: Path) -> PreTrainedModel:
+    """As transformers loads it, as the class that its config.json names, or without a head."""
+    [name, *_] = getattr(AutoConfig.from_pretrained(folder), "architectures", None) or [""]
+    kind = getattr(transformers, name, AutoModel)
+    return kind.from_pretrained(folder, dtype=torch.float32)
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:

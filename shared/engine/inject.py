@@ -2,6 +2,7 @@
 
 model                          with kernel_inject               without
 causal language model          causal_lm.py                     as it is, in the dtype and on the device asked for
+encoder, with a head or two    encoder_model.py                 as it is, in the dtype and on the device asked for
 a folder                       its weights are read one by one  as transformers loads it
 a diffusers pipeline           diffusion.py                     as it is, in the dtype and on the device asked for
 
@@ -25,6 +26,7 @@ from shared.checkpoint.megatron import is_megatron
 from shared.config import InferenceConfig, QuantizationMode
 from shared.engine.causal_lm import CausalLM, Limits
 from shared.engine.diffusion import InjectedPipeline, is_pipeline
+from shared.engine.encoder_model import EncoderModel, encoders_of, is_encoder
 from shared.engine.given import Given, given_module, load_into
 from shared.engine.saving import linears_of, save
 from shared.model_files import read_json
@@ -57,7 +59,11 @@ def inject(model: Any, config: InferenceConfig) -> Injection:
         return Injection(model, pipeline.close, pipeline=pipeline)
     if not isinstance(model, str | Path | nn.Module):
         raise ValueError(f"model: wants a model, a folder or a pipeline, has a {type(model).__name__}")
+    if isinstance(model, str | Path) and is_encoder(_config_json(Path(model))):
+        model = _encoder_folder(Path(model))
     if config.replace_with_kernel_inject:
+        if isinstance(model, nn.Module) and encoders_of(model):
+            return _encoders(given_module(model, config), config, device)
         given = _given_folder(Path(model), config) if isinstance(model, str | Path) else given_module(model, config)
         return _causal_lm(given, config, device)
     return _as_it_is(model, config, device)
@@ -195,3 +201,15 @@ def _check_suffixes(model: nn.Module, policy: dict[type[nn.Module], tuple[str, .
         for suffix in suffixes:
             if not any(name.endswith(suffix) for name in names):
                 raise ValueError(f"Injection policy layer'{suffix}' not valid.")
+
+
+def _encoder_folder(folder: Path) -> nn.Module:
+    from shared.engine.hugging_face import encoder_from_folder
+
+    return encoder_from_folder(folder)
+
+
+def _encoders(given: Given, config: InferenceConfig, device: str) -> Injection:
+    checkpoint = given.checkpoint(config) if config.checkpoint else None
+    injected = EncoderModel(given.module, checkpoint, *compute_dtype(config, device), device)
+    return Injection(injected.module, injected.close, wants_graph=config.enable_cuda_graph)

@@ -5,6 +5,7 @@
     grouped("query_key_value.weight")          fused by key-value head: its queries, its key, its value; then the next
     product("embed.weight", "project.weight")  their matrix product, float32: the second [hidden, width] lifts the first
     stacked("experts.gate_up_proj")            [experts, out, in] in one tensor
+    shaped("patch_embedding.weight")           as many values in the same order, under other dimensions
     either(rows("a"), rows("b"))               the first whose names are all there
 
 `{layer}` and `{expert}` in a name are their numbers; a name with `{head}` stands for those of all heads, in order.
@@ -18,7 +19,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-How = Literal["rows", "columns", "grouped", "product", "lifted", "stacked"]
+How = Literal["rows", "columns", "grouped", "product", "lifted", "stacked", "shaped"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ def lifted(table: str, projection: str) -> tuple[Source, ...]:
 
 def stacked(name: str) -> tuple[Source, ...]:
     return (Source((name,), "stacked"),)
+
+
+def shaped(name: str) -> tuple[Source, ...]:
+    return (Source((name,), "shaped"),)
 
 
 def either(*alternatives: tuple[Source, ...]) -> tuple[Source, ...]:
