@@ -58,6 +58,11 @@ class EncoderEngine:
         return torch.stack(means).cpu()
 
     @property
+    def workspace_bytes(self) -> int:
+        """Of the activations of texts, which all layers share."""
+        return self._encoder.workspace_bytes
+
+    @property
     def description(self) -> str:
         """What it computes with, for logs."""
         if self.plan.device == "cuda":

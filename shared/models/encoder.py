@@ -121,6 +121,11 @@ class Encoder:
 
         return self._layers.forward(stream, attend, take).clone()
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Of activations, which all layers share."""
+        return self._workspace.num_bytes
+
     def close(self) -> None:
         """Lets go of the weights."""
         del self._weights, self._layers, self._workspace

@@ -1,4 +1,4 @@
-"""Policies that users give: of families that we do not know, of one that transformers does not, and DeepSpeed's form."""
+"""Policies that users give: of families that nobody knows, of one that transformers lacks, and DeepSpeed's form."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_deepspeed_s_form_is_checked() -> None:
     kind = type(model.model.layers[0])
     with pytest.raises(ValueError, match=r"Injection policy layer'self_attn\.dense' not valid\."):
         injected(model, kernel_inject=False, injection_policy={kind: ("self_attn.o_proj", "self_attn.dense")})
-    with pytest.raises(ValueError, match="'LlamaDecoderLayer' is no subclass of torch.nn.Module"):
+    with pytest.raises(ValueError, match=r"'LlamaDecoderLayer' is no subclass of torch\.nn\.Module"):
         injected(model, kernel_inject=False, injection_policy={"LlamaDecoderLayer": ("self_attn.o_proj",)})
     with pytest.raises(ValueError, match="injection_policy: names layers to split as they are, and replace_with_kern"):
         injected(model, injection_policy={kind: ("self_attn.o_proj",)})
