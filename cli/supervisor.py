@@ -198,7 +198,8 @@ class Supervisor:
         chosen = dict(settings or {})
         if role == "gateway":
             chosen.setdefault("gateway.prefill_workers", [member.grpc for member in self.of("prefill_worker")])
-            chosen.setdefault("gateway.decode_workers", [member.grpc for member in self.of("decode_worker")])
+            if decode := [member.grpc for member in self.of("decode_worker")]:
+                chosen.setdefault("gateway.decode_workers", decode)
         member = Member(self, role, name, chosen, self.revive if revive is None else revive)
         self.members.append(member)
         try:

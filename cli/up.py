@@ -17,6 +17,8 @@ from cli.process import StartError
 from cli.supervisor import Member, Supervisor
 from shared.arguments import parse_overrides
 from shared.config import TandemConfig, load_config
+from shared.model_store import ModelStore
+from shared.policies.table import embeds
 
 STOP_MARGIN_S = 10.0
 READY_S = 600.0  # large weights on a slow disk; a process that dies is noticed at once
@@ -32,23 +34,29 @@ def run(config_path: Path | None, assignments: Sequence[str]) -> None:
     """
     overrides = parse_overrides(assignments)
     config = load_config(config_path, overrides)
-    check_ports(config)
     # by the name under which every process then finds it without a network
     model = ensure_model(config.model, allow_pickle=config.allow_pickle)
-    asyncio.run(_serve(config_path, config, {**_flatten(overrides), "model": model}))
+    vectors = embeds(ModelStore().resolve(model, allow_pickle=config.allow_pickle).config)
+    if vectors and not config.up.prefill:
+        raise StartError("up.prefill: 0, and a model that embeds texts is served by prefill workers alone; set 1")
+    check_ports(config, vectors=vectors)
+    asyncio.run(_serve(config_path, config, {**_flatten(overrides), "model": model}, vectors=vectors))
 
 
-def worker_ports(config: TandemConfig) -> tuple[list[int], list[int]]:
-    """Ports of the prefill and the decode workers: counted up from the configured one, or all 0."""
+def worker_ports(config: TandemConfig, *, vectors: bool = False) -> tuple[list[int], list[int]]:
+    """Ports of the prefill and the decode workers: counted up from the configured one, or all 0.
+
+    vectors: of a model that embeds, which has no decode workers.
+    """
     first, count = config.prefill.port, config.up.prefill
     prefill = [first and first + i for i in range(count)]
-    first, count = config.decode.port, config.up.decode
+    first, count = config.decode.port, 0 if vectors else config.up.decode
     return prefill, [first and first + i for i in range(count)]
 
 
-def check_ports(config: TandemConfig) -> None:
+def check_ports(config: TandemConfig, *, vectors: bool = False) -> None:
     """Raises StartError naming a port that another program has."""
-    prefill, decode = worker_ports(config)
+    prefill, decode = worker_ports(config, vectors=vectors)
     wanted = [
         ("gateway.port", config.gateway.host, config.gateway.port),
         ("gateway.http_port", config.gateway.host, config.gateway.http_port),
@@ -72,7 +80,7 @@ def check_ports(config: TandemConfig) -> None:
                 ) from None
 
 
-async def _serve(config_path: Path | None, config: TandemConfig, settings: Mapping[str, Any]) -> None:
+async def _serve(config_path: Path | None, config: TandemConfig, settings: Mapping[str, Any], *, vectors: bool) -> None:
     started = time.monotonic()
     stop = asyncio.Event()
     supervisor = Supervisor(
@@ -91,20 +99,20 @@ async def _serve(config_path: Path | None, config: TandemConfig, settings: Mappi
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     async with supervisor:
-        start = asyncio.create_task(_start(supervisor, config))
+        start = asyncio.create_task(_start(supervisor, config, vectors=vectors))
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({start, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if start.done():
-            print(_ready_text(config, start.result(), time.monotonic() - started), flush=True)
+            print(_ready_text(config, start.result(), time.monotonic() - started, vectors=vectors), flush=True)
             await stopped
         start.cancel()
         stopped.cancel()
         await asyncio.wait({start, stopped})
 
 
-async def _start(supervisor: Supervisor, config: TandemConfig) -> Member:
+async def _start(supervisor: Supervisor, config: TandemConfig, *, vectors: bool) -> Member:
     """Workers all at once, then the gateway, which is told of them."""
-    prefill, decode = worker_ports(config)
+    prefill, decode = worker_ports(config, vectors=vectors)
     try:
         async with asyncio.TaskGroup() as group:
             for port in prefill:
@@ -116,16 +124,19 @@ async def _start(supervisor: Supervisor, config: TandemConfig) -> Member:
     return await supervisor.start("gateway")
 
 
-def _ready_text(config: TandemConfig, gateway: Member, start_s: float) -> str:
+def _ready_text(config: TandemConfig, gateway: Member, start_s: float, *, vectors: bool) -> str:
     address = reachable(gateway.grpc)
     flag = "" if address == DEFAULT_ADDRESS else f" --address {address}"
     http = reachable(gateway.http or "")
-    body = shlex.quote(f'{{"prompt": "{PROMPT}", "max_tokens": 32}}')
+    if vectors:
+        route, body, command = "embeddings", f'{{"input": "{PROMPT}"}}', ""
+    else:
+        route, body = "completions", f'{{"prompt": "{PROMPT}", "max_tokens": 32}}'
+        command = f'  ./tandem generate "{PROMPT}"{flag}\n'
     return f"""
 Tandem is ready: {config.model_name} at gRPC {gateway.grpc} and HTTP {gateway.http}, after {start_s:.1f} s. Try
 
-  ./tandem generate "{PROMPT}"{flag}
-  curl http://{http}/v1/completions -H 'content-type: application/json' -d {body}
+{command}  curl http://{http}/v1/{route} -H 'content-type: application/json' -d {shlex.quote(body)}
 
 Ctrl-C stops it."""
 

@@ -14,6 +14,7 @@ from decode_worker.scheduler import DecodeScheduler
 from decode_worker.stream import DecodeStream
 from decode_worker.swap_space import SwapSpace
 from shared.block_pool import BlockPool
+from shared.engine import Engine
 from shared.engine_thread import EngineThread
 from shared.rpc import handler
 from shared.transport.importer import Importer
@@ -28,6 +29,7 @@ class DecodeRole(decode_pb2_grpc.DecodeServiceServicer):
 
     def __init__(self, site: Site) -> None:
         config, engine = site.config.decode, site.engine
+        assert isinstance(engine, Engine)  # the plan of a decode worker refuses a model that embeds
         layout = engine.plan.layout
         pool = BlockPool(
             engine.plan.num_blocks,

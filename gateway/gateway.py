@@ -14,11 +14,13 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, aclosing
 
-from tandem.v1 import inference_pb2
+from tandem.v1 import inference_pb2, types_pb2
 
 from gateway.admission import Admission
 from gateway.budget import Budget
 from gateway.discovery import Resolve, resolve
+from gateway.embedding import Embedding
+from gateway.embedding_job import resolve_embedding
 from gateway.job import Job
 from gateway.journal import Journal
 from gateway.metrics import Metrics
@@ -29,10 +31,9 @@ from gateway.record_store import Key, RecordStore
 from gateway.request import Request
 from gateway.resolution import Limits, check_labels, check_model, check_token_ids, resolve_sampling, tokenize_prompt
 from gateway.router import prefix_hashes
-from gateway.worker import DECODE
 from gateway.workers import Workers
 from shared.config import TandemConfig
-from shared.rpc import RpcError, invalid, unavailable
+from shared.rpc import RpcError, invalid, mismatch, unavailable
 
 # The least time that a budget can be spent in; a client that gives less has given nothing.
 _LEAST_BUDGET_S = 1e-3
@@ -49,6 +50,7 @@ class Gateway:
         self._admission = Admission(config.gateway.max_running, config.gateway.max_queued, metrics.set_queued)
         self._records = RecordStore(config.gateway.resume_window_s)
         self._tasks: dict[asyncio.Task[None], Record] = {}
+        self._embeddings: set[asyncio.Task[inference_pb2.EmbedResponse]] = set()
         self._draining = False
         self._stack = AsyncExitStack()
 
@@ -68,18 +70,18 @@ class Gateway:
     @property
     def serving(self) -> bool:
         """Whether a request that comes now can be answered."""
-        return not self._draining and bool(self.workers.usable(DECODE))
+        return not self._draining and self.workers.serving
 
     @property
     def num_requests(self) -> int:
         """Requests in progress, those that wait included."""
-        return len(self._tasks)
+        return len(self._tasks) + len(self._embeddings)
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no new request, and gives those in progress so many seconds."""
         self._draining = True
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
+        if self.num_requests:
+            await asyncio.wait({*self._tasks, *self._embeddings}, timeout=timeout_s)
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -140,6 +142,29 @@ class Gateway:
             async for chunk in chunks:
                 yield inference_pb2.ResumeResponse(chunk=chunk)
 
+    async def embed(
+        self, request: inference_pb2.EmbedRequest, *, budget_s: float | None = None
+    ) -> inference_pb2.EmbedResponse:
+        """The vectors of a request. Cancelling the call drops what no worker has computed yet.
+
+        budget_s: seconds for all of it, default gateway.default_deadline_s. Raises RpcError.
+        """
+        try:
+            work = await self._embedding(request, self._budget(budget_s))
+        except RpcError as error:
+            self.metrics.request_refused(error.code.name, model=self._label(request.model), method="Embed")
+            raise
+        task = asyncio.create_task(work.run(self._admission))
+        self._embeddings.add(task)
+        task.add_done_callback(self._embeddings.discard)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is None or current.cancelling():
+                raise
+            raise unavailable("the gateway is shutting down") from None
+
     def model_name(self, name: str) -> str:
         """What a request's model means: the empty name is the default model's."""
         return name or self._model.name
@@ -160,7 +185,9 @@ class Gateway:
                 vocab_size=info.vocab_size,
                 digest=self._model.digest,
                 dtype=info.dtype,
-                chat=self._model.chat_template is not None,
+                chat=self._model.chat_template is not None and not self._model.embeds,
+                kind=inference_pb2.MODEL_KIND_EMBEDS if self._model.embeds else inference_pb2.MODEL_KIND_GENERATES,
+                dimensions=info.embedding_size,
             )
         ]
 
@@ -190,6 +217,8 @@ class Gateway:
         if self._draining:
             raise unavailable("the gateway is shutting down")
         check_model(request.model, self._model)
+        if self._model.embeds:
+            raise mismatch("model", f"{self._model.name!r} turns texts into vectors and generates nothing; call Embed")
         check_labels(request)
         limits = self._limits()
         prompt, _ = await tokenize_prompt(request, self._model, limits)
@@ -217,6 +246,21 @@ class Gateway:
         if key is not None:
             self._records.add(key, fingerprint, record, task)
         return record, task
+
+    async def _embedding(self, request: inference_pb2.EmbedRequest, budget: Budget) -> Embedding:
+        """What runs a request for vectors, checked and tokenized."""
+        arrived_at = time.monotonic()
+        if self._draining:
+            raise unavailable("the gateway is shutting down")
+        check_model(request.model, self._model)
+        if not self._model.embeds:
+            raise mismatch("model", f"{self._model.name!r} generates tokens and makes no vectors; call Generate")
+        limits = self._limits()
+        job = await resolve_embedding(
+            request, self._model, limits, self.workers.reference, budget, self._config.max_message_bytes
+        )
+        receipt = types_pb2.Receipt(gateway=self.gateway_id, model_digest=self._model.digest)
+        return Embedding(job, receipt, arrived_at, self.workers, self._config, self.metrics)
 
     def _budget(self, budget_s: float | None) -> Budget:
         budget = Budget.of(self._config.default_deadline_s if budget_s is None else budget_s)
@@ -252,5 +296,7 @@ class Gateway:
         for task, record in self._tasks.items():
             record.fail(unavailable("the gateway is shutting down"))
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        for embedding in self._embeddings:
+            embedding.cancel()
+        if self.num_requests:
+            await asyncio.wait({*self._tasks, *self._embeddings})

@@ -3,9 +3,10 @@
 | route | key | |
 |---|---|---|
 | `POST /v1/completions`, `POST /v1/chat/completions` | yes | generation, whole or as server-sent events |
+| `POST /v1/embeddings` | yes | vectors |
 | `GET /v1/models`, `GET /v1/models/{id}` | yes | the models served |
 | `GET /metrics` | yes | Prometheus text |
-| `GET /healthz` | no | 200 while a decode worker is alive, else 503 |
+| `GET /healthz` | no | 200 while a request can be answered, else 503 |
 | `GET /` | no | a page to try the model |
 """
 
@@ -25,6 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.metrics import CONTENT_TYPE
 from gateway.openai_chat import ChatRequest
 from gateway.openai_completion import CompletionRequest
+from gateway.openai_embedding import EmbeddingEndpoint
 from gateway.openai_endpoint import Backend, GenerationEndpoint, error_response, json_response
 from gateway.openai_error import OpenAIError, from_rpc
 from gateway.openai_reply import ChatFormat, CompletionFormat, model_object
@@ -77,6 +79,7 @@ def create_app(gateway: Backend, access: Access, *, max_body_bytes: int = rpc.MA
             Route("/v1/models/{name:path}", model),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/embeddings", EmbeddingEndpoint(gateway, access, max_body_bytes), methods=["POST"]),
         ],
         middleware=[Middleware(RequireKey, access=access)],
         exception_handlers={HTTPException: not_routed},

@@ -67,7 +67,7 @@ class Metrics:
         self._per_token = histogram(
             "time_per_output_token_seconds", "mean of a request's decode time per token after the first", _TOKEN_BUCKETS
         )
-        self._total = histogram("request_seconds", "from arrival to the last token", _REQUEST_BUCKETS)
+        self._total = histogram("request_seconds", "from arrival to the last token or vector", _REQUEST_BUCKETS)
         self._phase = histogram("request_phase_seconds", "time of a request in a phase", _FIRST_TOKEN_BUCKETS, "phase")
 
         self._prompt_tokens = counter("prompt_tokens", "tokens of prompts")
@@ -122,7 +122,7 @@ class Metrics:
             self._attempts.inc(receipt.attempts)
             self._preemptions.inc(receipt.preemptions)
         if timings is not None and code == "OK":
-            self._observe_timings(timings)
+            self._observe_timings(timings, generated=method == "Generate")
             if usage is not None and usage.completion_tokens > num_outputs:
                 self._per_token.observe(timings.decode_s / (usage.completion_tokens / num_outputs - 1))
         if receipt is not None and receipt.transport:
@@ -180,10 +180,11 @@ class Metrics:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def _observe_timings(self, timings: types_pb2.Timings) -> None:
-        self._first_token.observe(timings.first_token_s)
+    def _observe_timings(self, timings: types_pb2.Timings, *, generated: bool) -> None:
+        if generated:
+            self._first_token.observe(timings.first_token_s)
         self._total.observe(timings.total_s)
-        for phase in ("queue", "prefill", "decode"):
+        for phase in ("queue", "prefill", "decode") if generated else ("queue", "prefill"):
             self._phase.labels(phase).observe(getattr(timings, f"{phase}_s"))
 
 

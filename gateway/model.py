@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shared.chat_template import ChatTemplate
 from shared.model_files import ModelFiles
+from shared.policies.table import embeds
 from shared.tokenizer import Tokenizer
 
 
@@ -45,6 +46,7 @@ class ServedModel:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     defaults: SamplingDefaults
+    embeds: bool = False  # it answers vectors, and has no decode workers
 
     @classmethod
     def load(cls, name: str, files: ModelFiles, quantization: str) -> ServedModel:
@@ -56,4 +58,5 @@ class ServedModel:
             tokenizer=tokenizer,
             chat_template=ChatTemplate.load(files.folder, tokenizer.special_tokens),
             defaults=SamplingDefaults.load(files.folder),
+            embeds=embeds(files.config),
         )

@@ -1,8 +1,9 @@
-"""A route of the OpenAI API that generates: from a body to an answer, and to nothing at all when the client leaves."""
+"""A route of the OpenAI API: from a body to an answer, and to nothing at all when the client leaves."""
 
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
@@ -19,12 +20,13 @@ from gateway.openai_answer import Answer, Batch, dump, event
 from gateway.openai_completion import CompletionRequest
 from gateway.openai_error import OpenAIError, from_rpc
 from gateway.openai_reply import Envelope, Format
-from gateway.openai_schema import OpenAIRequest
+from gateway.openai_schema import Body, OpenAIRequest
 from shared import rpc
 from shared.auth import Access
 from shared.config import ApiKey
 
 CLIENT_CLOSED = 499  # nobody reads it; the metric shows it
+Respond = Callable[[Response], Awaitable[int]]
 
 
 class Backend(Protocol):
@@ -36,6 +38,10 @@ class Backend(Protocol):
         self, request: inference_pb2.GenerateRequest, *, budget_s: float | None, resumable: bool
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]: ...
 
+    async def embed(
+        self, request: inference_pb2.EmbedRequest, *, budget_s: float | None
+    ) -> inference_pb2.EmbedResponse: ...
+
     def models(self) -> Sequence[inference_pb2.Model]: ...
 
     def detokenize(self, request: inference_pb2.DetokenizeRequest) -> inference_pb2.DetokenizeResponse: ...
@@ -44,16 +50,13 @@ class Backend(Protocol):
     def serving(self) -> bool: ...
 
 
-class GenerationEndpoint:
+class Endpoint:
     """An ASGI application. A client that goes away takes its requests with it, answered or not."""
 
-    def __init__(
-        self, gateway: Backend, access: Access, kind: type[OpenAIRequest], style: Format, max_body_bytes: int
-    ) -> None:
+    def __init__(self, gateway: Backend, access: Access, kind: type[Body], max_body_bytes: int) -> None:
         self._gateway = gateway
         self._access = access
         self._kind = kind
-        self._style = style
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,7 +73,37 @@ class GenerationEndpoint:
             status = CLIENT_CLOSED
         self._gateway.metrics.http_finished(scope["path"], status)
 
-    async def _serve(self, body: bytes, key: ApiKey, respond: Callable[[Response], Awaitable[int]], send: Send) -> int:
+    @abstractmethod
+    async def _serve(self, body: bytes, key: ApiKey, respond: Respond, send: Send) -> int:
+        """Answers, a failure too, and returns the status."""
+
+    def _model(self, request: Body) -> inference_pb2.Model:
+        """The model asked for; the first is the default. One that is not served is the gateway's to refuse."""
+        for model in self._gateway.models():
+            if request.model in (None, "", model.name):
+                return model
+        return inference_pb2.Model(name=request.model or "")
+
+    def _failure(self, error: Exception) -> OpenAIError:
+        if isinstance(error, OpenAIError):
+            return error
+        if isinstance(error, grpc.aio.AioRpcError):
+            error = rpc.from_grpc(error)
+        return from_rpc(error if isinstance(error, rpc.RpcError) else rpc.internal(error), self._kind.FIELD_NAMES)
+
+
+class GenerationEndpoint(Endpoint):
+    """A route that generates."""
+
+    _kind: type[OpenAIRequest]
+
+    def __init__(
+        self, gateway: Backend, access: Access, kind: type[OpenAIRequest], style: Format, max_body_bytes: int
+    ) -> None:
+        super().__init__(gateway, access, kind, max_body_bytes)
+        self._style = style
+
+    async def _serve(self, body: bytes, key: ApiKey, respond: Respond, send: Send) -> int:
         """Answers and returns the status. A failure before the first token has a status of its own."""
         try:
             request = self._kind.parse(body)
@@ -111,13 +144,6 @@ class GenerationEndpoint:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return head.status_code
 
-    def _model(self, request: OpenAIRequest) -> inference_pb2.Model:
-        """The model asked for; the first is the default. One that is not served is the gateway's to refuse."""
-        for model in self._gateway.models():
-            if request.model in (None, "", model.name):
-                return model
-        return inference_pb2.Model(name=request.model or "")
-
     def _echo(self, request: OpenAIRequest, proto: inference_pb2.GenerateRequest) -> str:
         """What the outputs begin with: the prompt, if it is to be echoed."""
         if not (isinstance(request, CompletionRequest) and request.echo):
@@ -126,13 +152,6 @@ class GenerationEndpoint:
             return proto.text
         tokens = inference_pb2.DetokenizeRequest(model=proto.model, token_ids=proto.token_ids.ids)
         return self._gateway.detokenize(tokens).text
-
-    def _failure(self, error: Exception) -> OpenAIError:
-        if isinstance(error, OpenAIError):
-            return error
-        if isinstance(error, grpc.aio.AioRpcError):
-            error = rpc.from_grpc(error)
-        return from_rpc(error if isinstance(error, rpc.RpcError) else rpc.internal(error), self._kind.FIELD_NAMES)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

@@ -76,32 +76,14 @@ class StreamOptions(Schema):
     include_obfuscation: bool | None = None  # padding against traffic analysis; has no influence on the tokens
 
 
-class OpenAIRequest(Schema):
-    """What both kinds of requests have in common."""
+class Body(Schema):
+    """A request's body."""
 
-    # names of this API for fields of GenerateRequest, where they differ, the more specific first
+    # names of this API for fields of the request's proto, where they differ, the more specific first
     FIELD_NAMES: ClassVar[dict[str, str]] = {}
 
     model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: Uint32 | None = None
-    min_tokens: Uint32 | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**32 - 1)] | None = None
-    min_p: float | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
-    n: Uint32 | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_stop_list)] = None
-    stop_token_ids: list[Uint32] | None = None
-    ignore_eos: bool | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[Uint32, float] | None, BeforeValidator(_bias_by_id)] = None
     priority: Int32 | None = None
-    cache_salt: str | None = None
     deadline_s: Annotated[float, Field(gt=0)] | None = None
 
     @classmethod
@@ -122,6 +104,29 @@ class OpenAIRequest(Schema):
             return cls.model_validate(values)
         except ValidationError as error:
             raise _refusal(error) from None
+
+
+class OpenAIRequest(Body):
+    """What both kinds of requests that generate have in common."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Uint32 | None = None
+    min_tokens: Uint32 | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**32 - 1)] | None = None
+    min_p: float | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
+    n: Uint32 | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_stop_list)] = None
+    stop_token_ids: list[Uint32] | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Annotated[dict[Uint32, float] | None, BeforeValidator(_bias_by_id)] = None
+    cache_salt: str | None = None
 
     @property
     def num_outputs(self) -> int:

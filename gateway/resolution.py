@@ -42,12 +42,17 @@ def check_model(name: str, model: ServedModel) -> None:
 
 def check_labels(request: inference_pb2.GenerateRequest) -> None:
     """The sizes of what a client names things."""
-    if len(request.request_id) > MAX_REQUEST_ID:
-        raise invalid("request_id", f"at most {MAX_REQUEST_ID} characters, got {len(request.request_id)}")
-    if not request.request_id.isprintable():
-        raise invalid("request_id", "must be printable")
+    check_request_id(request.request_id)
     if len(request.cache_salt) > MAX_CACHE_SALT:
         raise invalid("cache_salt", f"at most {MAX_CACHE_SALT} characters, got {len(request.cache_salt)}")
+
+
+def check_request_id(request_id: str) -> None:
+    """Raises INVALID_ARGUMENT for one that is too long, or that no log could show."""
+    if len(request_id) > MAX_REQUEST_ID:
+        raise invalid("request_id", f"at most {MAX_REQUEST_ID} characters, got {len(request_id)}")
+    if not request_id.isprintable():
+        raise invalid("request_id", "must be printable")
 
 
 async def tokenize_prompt(

@@ -39,6 +39,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         await _send(context, self._gateway.resume(request, owner=key.name))
 
     @handler
+    async def Embed(
+        self, request: inference_pb2.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.EmbedResponse:
+        key = self._access.identify(bearer(context.invocation_metadata()))
+        with self._access.admit(key, self._gateway.model_name(request.model)):
+            return await self._gateway.embed(request, budget_s=context.time_remaining())
+
+    @handler
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.TokenizeResponse:

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 _ANSWER_S = 10.0  # a connected worker that does not describe itself within this is asked again
 _AGAIN_S = 0.1  # pause between two looks at an address that answers but cannot be used
 _REMIND_S = 5.0
-# After this the gateway starts with the workers that are there, if one of them decodes.
+# After this the gateway starts with the workers that are there, if they can answer a request.
 _COMPLETE_S = 30.0
 # A decode worker that holds the prefix may have so many requests more than the idlest one.
 _DECODE_SLACK = 2.0
@@ -58,6 +58,7 @@ class Workers:
             Entry(name, role, resolve)
             for role, names in ((PREFILL, config.gateway.prefill_workers), (DECODE, config.gateway.decode_workers))
             for name in names
+            if role == PREFILL or not model.embeds
         ]
         self._all: list[Worker] = []
         self._tasks: dict[Worker, asyncio.Task[None]] = {}
@@ -97,8 +98,15 @@ class Workers:
     def limits(self) -> Limits:
         """What every worker that is known can take."""
         infos = [worker.info for worker in self._all if worker.info] or [self.reference]
-        max_context = min(min(info.max_context, info.num_blocks * info.layout.block_tokens) for info in infos)
+        max_context = min(info.max_context for info in infos)
+        if not self._model.embeds:
+            max_context = min(max_context, *(info.num_blocks * info.layout.block_tokens for info in infos))
         return Limits(max_context=max_context, vocab_size=self.reference.vocab_size)
+
+    @property
+    def serving(self) -> bool:
+        """Whether somebody can answer a request."""
+        return bool(self.usable(PREFILL if self._model.embeds else DECODE))
 
     def usable(self, role: worker_pb2.WorkerRole.ValueType) -> list[Worker]:
         """Workers of a role that take new work. One that is listed no more does so where nobody else can."""
@@ -115,6 +123,10 @@ class Workers:
         return self._choose(
             workers, self._routers[PREFILL], prefix, avoid, slack_per_block=float(self.layout.block_tokens)
         )
+
+    def choose_embedder(self, avoid: Collection[str]) -> Worker | None:
+        """The prefill worker for a request for vectors: the one with the least ahead."""
+        return self._choose(self.usable(PREFILL), self._routers[PREFILL], (), avoid)
 
     @staticmethod
     def _choose(
@@ -147,7 +159,7 @@ class Workers:
             now = time.monotonic()
             if not missing:
                 return
-            if now - started > _COMPLETE_S and self.usable(DECODE):
+            if now - started > _COMPLETE_S and self.serving:
                 log.warning("starting without %s", ", ".join(missing))
                 return
             if now - reminded > _REMIND_S:

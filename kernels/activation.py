@@ -9,8 +9,8 @@
     relu        f(g) = max(g, 0)
     quick_gelu  f(g) = g * sigmoid(1.702 g)
 
-gate_up  [rows, 2 * width], gate in the first half of a row and up in the second, contiguous, float32 or bfloat16
-x        [rows, width], contiguous, float32 or bfloat16
+gate_up  [rows, 2 * width], gate in the first half of a row and up in the second, contiguous, of x's dtypes
+x        [rows, width], contiguous, float32, bfloat16 or float16
 bias     [width], x's dtype or float32
 y        [rows, width]
 
@@ -25,8 +25,8 @@ from torch.nn import functional
 
 from kernels.cpu import library
 from kernels.device import in_triton
+from kernels.dtypes import CODES
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 KINDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "quick_gelu": 4}  # as kernels/cpu/activation.c numbers them
 
 
@@ -38,9 +38,10 @@ def gated(gate_up: Tensor, kind: str, *, out: Tensor | None = None) -> Tensor:
     _check_kind(kind)
     triton = in_triton("gated", gate_up)
     dtype = gate_up.dtype
-    if dtype not in _DTYPES or gate_up.dim() != 2 or gate_up.shape[1] % 2 or not gate_up.is_contiguous():
+    if dtype not in CODES or gate_up.dim() != 2 or gate_up.shape[1] % 2 or not gate_up.is_contiguous():
         raise ValueError(
-            f"gate_up must be contiguous float32 or bfloat16 [rows, 2 * width], got {dtype} {list(gate_up.shape)}"
+            f"gate_up must be contiguous float32, bfloat16 or float16 [rows, 2 * width], "
+            f"got {dtype} {list(gate_up.shape)}"
         )
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = _output(out, gate_up, rows, width)
@@ -50,7 +51,7 @@ def gated(gate_up: Tensor, kind: str, *, out: Tensor | None = None) -> Tensor:
         launch(gate_up, out, kind)
         return out
     library.call("tandem_gated_activation",
-        gate_up.data_ptr(), out.data_ptr(), rows, width, _DTYPES[dtype], KINDS[kind], torch.get_num_threads(),
+        gate_up.data_ptr(), out.data_ptr(), rows, width, CODES[dtype], KINDS[kind], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -62,8 +63,10 @@ def activate(x: Tensor, kind: str, bias: Tensor | None = None, *, out: Tensor | 
     """
     _check_kind(kind)
     triton = in_triton("activate", x)
-    if x.dtype not in _DTYPES or x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"x must be contiguous float32 or bfloat16 [rows, width], got {x.dtype} {list(x.shape)}")
+    if x.dtype not in CODES or x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(
+            f"x must be contiguous float32, bfloat16 or float16 [rows, width], got {x.dtype} {list(x.shape)}"
+        )
     rows, width = x.shape
     if bias is not None and (
         bias.dtype not in (x.dtype, torch.float32) or bias.shape != (width,) or not bias.is_contiguous()
@@ -76,8 +79,8 @@ def activate(x: Tensor, kind: str, bias: Tensor | None = None, *, out: Tensor | 
         launch(x, bias, out, kind)
         return out
     library.call("tandem_activation",
-        x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), rows, width, _DTYPES[x.dtype],
-        0 if bias is None else _DTYPES[bias.dtype], KINDS[kind], torch.get_num_threads(),
+        x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), rows, width, CODES[x.dtype],
+        0 if bias is None else CODES[bias.dtype], KINDS[kind], torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -2,7 +2,7 @@
 
     y = x + residual
 
-x, residual, y   [rows, width], contiguous, float32 or bfloat16
+x, residual, y   [rows, width], contiguous, float32, bfloat16 or float16
 
 float32 inside, rounded once. Each element depends on its own inputs alone.
 """
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+from kernels.dtypes import CODES
 
 
 def add(x: Tensor, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -24,8 +23,10 @@ def add(x: Tensor, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
     Raises ValueError when a tensor breaks the contract.
     """
     triton = in_triton("add", x)
-    if x.dtype not in _DTYPES or x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"x must be contiguous float32 or bfloat16 [rows, width], got {x.dtype} {list(x.shape)}")
+    if x.dtype not in CODES or x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(
+            f"x must be contiguous float32, bfloat16 or float16 [rows, width], got {x.dtype} {list(x.shape)}"
+        )
     if out is None:
         out = torch.empty_like(x)
     for name, tensor in (("residual", residual), ("out", out)):
@@ -40,7 +41,7 @@ def add(x: Tensor, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
         return out
     library.call(
         "tandem_add",
-        x.data_ptr(), residual.data_ptr(), out.data_ptr(), *x.shape, _DTYPES[x.dtype], torch.get_num_threads(),
+        x.data_ptr(), residual.data_ptr(), out.data_ptr(), *x.shape, CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 

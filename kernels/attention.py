@@ -30,11 +30,11 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
+from kernels.dtypes import CODES
 from kernels.kv_format import KvPlanes
 
 SPLIT_TOKENS = 512  # keys of a partial result of decode on CUDA
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MAX_HEAD_DIM = 512  # a thread's tiles live on its stack
 _MAX_TRITON_HEAD_DIM = 256  # a program's tiles live in registers
 
@@ -57,9 +57,9 @@ def paged_attention(
 ) -> Tensor:
     """Attention of each query token over its sequence's cache; see the module for shapes.
 
-    float32 or bfloat16 (q, a plain cache and out alike), float32 inside; head_dim a multiple of 8. Raises ValueError
-    when a tensor breaks the contract and, in C, IndexError when lengths or block tables point outside the cache: on
-    CUDA, where nobody reads them on the host, what lies outside is neither read nor written.
+    float32, bfloat16 or float16 (q, a plain cache and out alike), float32 inside; head_dim a multiple of 8. Raises
+    ValueError when a tensor breaks the contract and, in C, IndexError when lengths or block tables point outside the
+    cache: on CUDA, where nobody reads them on the host, what lies outside is neither read nor written.
 
     sliding_window and alibi_slopes ask for a position, which a query has only where attention is causal.
 
@@ -99,7 +99,7 @@ def paged_attention(
         tokens, num_seqs, max_blocks, block_tables.stride(0), num_blocks, block_tokens,
         *cache.keys.stride()[:3], *cache.values.stride()[:3],
         num_heads, num_kv_heads, head_dim, sliding_window or 0, float(scale), float(soft_cap or 0),
-        None if alibi_slopes is None else alibi_slopes.data_ptr(), int(causal), _DTYPES[q.dtype],
+        None if alibi_slopes is None else alibi_slopes.data_ptr(), int(causal), CODES[q.dtype],
         torch.get_num_threads(), *cache.c_arguments(),
     )  # fmt: skip
     if failed:

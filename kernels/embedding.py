@@ -2,7 +2,7 @@
 
     y[i] = scale * table[token_ids[i]] + position_table[positions[i] + offset] + type_table[token_types[i]]
 
-    table           [n, width], contiguous, float32 or bfloat16
+    table           [n, width], contiguous, float32, bfloat16 or float16
     token_ids       [rows] int64
     position_table  [m, width], table's dtype; positions [rows] int32, offset is where position 0 lies (OPT: 2)
     type_table      [k, width], table's dtype; token_types [rows] int64
@@ -21,8 +21,7 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+from kernels.dtypes import CODES
 
 
 def embed(
@@ -43,8 +42,10 @@ def embed(
     index out of range.
     """
     triton = in_triton("embed", table)
-    if table.dtype not in _DTYPES or table.dim() != 2 or not table.is_contiguous():
-        raise ValueError(f"table must be contiguous float32 or bfloat16 [n, width], got {table.dtype} {_shape(table)}")
+    if table.dtype not in CODES or table.dim() != 2 or not table.is_contiguous():
+        raise ValueError(
+            f"table must be contiguous float32, bfloat16 or float16 [n, width], got {table.dtype} {_shape(table)}"
+        )
     if token_ids.dtype != torch.int64 or token_ids.dim() != 1 or not token_ids.is_contiguous():
         raise ValueError(f"token_ids must be contiguous int64 [rows], got {token_ids.dtype} {_shape(token_ids)}")
     rows, width = token_ids.shape[0], table.shape[1]
@@ -64,7 +65,7 @@ def embed(
     failed = library.call("tandem_embed",
         table.data_ptr(), token_ids.data_ptr(), _pointer(position_table), _pointer(positions), _pointer(type_table),
         _pointer(token_types), out.data_ptr(), rows, width, table.shape[0], num_positions, num_types, offset,
-        float(scale), _DTYPES[table.dtype], torch.get_num_threads(),
+        float(scale), CODES[table.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         part, row = divmod(failed - 1, rows)

@@ -2,7 +2,7 @@
 
     y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias         (Wu and He 2018, arXiv:1803.08494)
 
-x, y          [batch, channels, positions], contiguous, float32 or bfloat16; positions are height * width
+x, y          [batch, channels, positions], contiguous, float32, bfloat16 or float16; positions are height * width
 weight, bias  [channels], x's dtype or float32
 
 The means are over a group: channels / groups channels that lie side by side, at all positions. With SiLU, the result
@@ -18,8 +18,7 @@ from torch.nn import functional
 
 from kernels.cpu import library
 from kernels.device import in_triton
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+from kernels.dtypes import CODES
 
 
 def group_norm(
@@ -37,9 +36,10 @@ def group_norm(
     Raises ValueError when the groups do not divide the channels, or a tensor breaks the contract.
     """
     triton = in_triton("group_norm", x)
-    if x.dtype not in _DTYPES or x.dim() != 3 or not x.is_contiguous():
+    if x.dtype not in CODES or x.dim() != 3 or not x.is_contiguous():
         raise ValueError(
-            f"x must be contiguous float32 or bfloat16 [batch, channels, positions], got {x.dtype} {list(x.shape)}"
+            f"x must be contiguous float32, bfloat16 or float16 [batch, channels, positions], "
+            f"got {x.dtype} {list(x.shape)}"
         )
     batch, channels, positions = x.shape
     if groups < 1 or channels % groups:
@@ -62,7 +62,7 @@ def group_norm(
         return out
     library.call("tandem_group_norm",
         x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), batch, groups, channels // groups, positions,
-        float(eps), int(silu), _DTYPES[x.dtype], _DTYPES[weight.dtype], _DTYPES[bias.dtype], torch.get_num_threads(),
+        float(eps), int(silu), CODES[x.dtype], CODES[weight.dtype], CODES[bias.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 

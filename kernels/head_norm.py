@@ -3,7 +3,7 @@
     rms    y = x / sqrt(mean(x^2) + eps) * weight
     layer  y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias
 
-x       [rows, total], contiguous, float32 or bfloat16; head h of a row is its columns first + h * width and so on
+x       [rows, total], contiguous, float32, bfloat16 or float16; head h of a row is its columns first + h * width on
 weight  [width], of all heads, or [num_heads * width], of each its own; x's dtype or float32
 bias    the same; no bias is none added
 
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
+from kernels.dtypes import CODES
 from kernels.layer_norm import layer_norm_reference
 from kernels.rms_norm import rms_norm_reference
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _KINDS = {"rms": 0, "layer": 1}
 
 
@@ -49,8 +49,8 @@ def head_norm(
         return x
     library.call("tandem_head_norm",
         x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), *x.shape, first, num_heads, width,
-        int(weight.shape[0] != width), float(eps), _KINDS[kind], _DTYPES[x.dtype], _DTYPES[weight.dtype],
-        0 if bias is None else _DTYPES[bias.dtype], torch.get_num_threads(),
+        int(weight.shape[0] != width), float(eps), _KINDS[kind], CODES[x.dtype], CODES[weight.dtype],
+        0 if bias is None else CODES[bias.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return x
 
@@ -82,8 +82,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, first: int
         raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
     if kind == "rms" and bias is not None:
         raise ValueError("bias must be None for kind 'rms': an RMSNorm adds none")
-    if x.dtype not in _DTYPES or x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"x must be contiguous float32 or bfloat16 [rows, total], got {x.dtype} {list(x.shape)}")
+    if x.dtype not in CODES or x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(
+            f"x must be contiguous float32, bfloat16 or float16 [rows, total], got {x.dtype} {list(x.shape)}"
+        )
     total = x.shape[1]
     if first < 0 or num_heads < 1 or width < 1 or first + num_heads * width > total:
         raise ValueError(

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.dtypes import CODES, DTYPES
+
 # what a row's elements are kept as; those of int8 and fp8 are bytes
-ELEMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "fp8": torch.int8}
+ELEMENTS = {**DTYPES, "int8": torch.int8, "fp8": torch.int8}
 GREATEST = {"int8": 127.0, "fp8": 448.0}
 SCALE_BYTES = 4
-_QUANTIZED = {"int8": 2, "fp8": 3}  # as kernels/cpu/kv_format.h counts, after float32 and bfloat16
+_QUANTIZED = {"int8": 2, "fp8": 3}  # as kernels/cpu/kv_format.h numbers them, beside CODES
 LEAST = 2.0**-100  # far below it G / max|x| is no float32
 
 
@@ -44,6 +46,11 @@ class KvFormat:
     def quantized(self) -> bool:
         """Whether each row has a scale."""
         return self.dtype in GREATEST
+
+    @property
+    def number(self) -> int:
+        """The dtype's, as C has it."""
+        return _QUANTIZED[self.dtype] if self.quantized else CODES[ELEMENTS[self.dtype]]
 
     @property
     def plane_bytes(self) -> int:
@@ -97,7 +104,7 @@ class KvPlanes:
 
     def c_arguments(self) -> tuple[int | None, ...]:
         """What a C op is told after all else: how elements are kept, and the scales with their strides."""
-        kept = _QUANTIZED.get(self.form, int(self.keys.dtype == torch.bfloat16))
+        kept = CODES[self.keys.dtype] if self.form == "plain" else _QUANTIZED[self.form]
         if self.key_scales is None or self.value_scales is None:
             return kept, None, None, 0, 0, 0, 0, 0, 0
         strides = (*self.key_scales.stride(), *self.value_scales.stride())
@@ -117,10 +124,10 @@ class KvPlanes:
         if self.form not in ("plain", *GREATEST):
             raise ValueError(f"form {self.form!r} is none of plain, {', '.join(GREATEST)}")
         wanted = like.dtype if self.form == "plain" else torch.int8
-        if like.dtype not in (torch.float32, torch.bfloat16) or keys.dtype != wanted or values.dtype != wanted:
-            shared = f"{name}, keys and values must share float32 or bfloat16"
+        if like.dtype not in CODES or keys.dtype != wanted or values.dtype != wanted:
+            shared = f"{name}, keys and values must share float32, bfloat16 or float16"
             if self.form != "plain":
-                shared = f"{name} must be float32 or bfloat16, keys and values of {self.form} torch.int8"
+                shared = f"{name} must be float32, bfloat16 or float16, keys and values of {self.form} torch.int8"
             raise ValueError(f"{shared}, got {like.dtype}, {keys.dtype} and {values.dtype}")
         if keys.dim() != 4 or keys.shape != values.shape or keys.shape[3] % 8:
             raise ValueError(

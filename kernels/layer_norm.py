@@ -2,7 +2,7 @@
 
     y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias      (Ba et al. 2016, arXiv:1607.06450)
 
-x, residual, y   [rows, width], contiguous, float32 or bfloat16
+x, residual, y   [rows, width], contiguous, float32, bfloat16 or float16
 weight, bias     [width], x's dtype or float32; no bias is none added
 
 float32 inside, rounded once at the end. The variance is the mean of squared differences from a mean that is already
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+from kernels.dtypes import CODES
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, out: Tensor | None = None) -> Tensor:
@@ -93,14 +92,16 @@ def _launch(
     library.call("tandem_layer_norm",
         x.data_ptr(), None if residual is None else residual.data_ptr(), weight.data_ptr(),
         None if bias is None else bias.data_ptr(), out.data_ptr(),
-        None if residual_out is None else residual_out.data_ptr(), rows, width, float(eps), _DTYPES[x.dtype],
-        _DTYPES[weight.dtype], 0 if bias is None else _DTYPES[bias.dtype], torch.get_num_threads(),
+        None if residual_out is None else residual_out.data_ptr(), rows, width, float(eps), CODES[x.dtype],
+        CODES[weight.dtype], 0 if bias is None else CODES[bias.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dtype not in _DTYPES or x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"x must be contiguous float32 or bfloat16 [rows, width], got {x.dtype} {list(x.shape)}")
+    if x.dtype not in CODES or x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(
+            f"x must be contiguous float32, bfloat16 or float16 [rows, width], got {x.dtype} {list(x.shape)}"
+        )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue

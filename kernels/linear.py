@@ -3,7 +3,7 @@
     y = x @ weight.T + bias
 
 x       [rows, in_features], contiguous, of the weight's dtype
-weight  [out_features, in_features], float32 or bfloat16, packed once into a LinearWeight, perhaps quantized
+weight  [out_features, in_features], float32, bfloat16 or float16, packed once into a LinearWeight, perhaps quantized
 bias    [out_features], the weight's dtype, or None
 y       [rows, out_features]; computed in float32 and rounded once
 
@@ -32,9 +32,9 @@ from torch.nn import functional
 
 from kernels.cpu import library, panels
 from kernels.device import in_triton
+from kernels.dtypes import CODES
 from kernels.quantization import Integers, Quantization, floats_of, quantization_of, quantize
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _INTEGERS = {8: 2, 4: 3}  # dtypes of panels of so many bits
 _PACKINGS = {"panels": "panels, float32 products", "pairs": "pairs, bfloat16 products", "rows": "rows, Triton"}
 _PROBE_ROWS = (1, 2, 5, 10, 17)
@@ -50,8 +50,10 @@ class LinearWeight:
     FIELDS = ("packed", "scale", "offset", "bias")  # of `tensors`
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, quantization: Quantization | None = None) -> None:
-        if weight.dim() != 2 or not weight.shape[1] or weight.dtype not in _DTYPES:
-            raise ValueError(f"weight must be float32 or bfloat16 [out, in], got {weight.dtype} {list(weight.shape)}")
+        if weight.dim() != 2 or not weight.shape[1] or weight.dtype not in CODES:
+            raise ValueError(
+                f"weight must be float32, bfloat16 or float16 [out, in], got {weight.dtype} {list(weight.shape)}"
+            )
         if bias is not None and (bias.dtype != weight.dtype or bias.shape != weight.shape[:1]):
             raise ValueError(f"bias must be {weight.dtype} [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}")
         self._take_shape(weight.shape, weight.dtype, quantization, packing(weight.dtype, weight))
@@ -205,8 +207,8 @@ def c_linear(op: str, x: Tensor, weight: LinearWeight, out: Tensor, *more: int |
         f"{op}_pairs" if weight._packing == "pairs" else op,
         x.data_ptr(), weight.packed.data_ptr(), _address(weight.scale), _address(weight.offset), _address(weight.bias),
         out.data_ptr(), len(out), weight.in_features, weight.out_features, weight.group,
-        _DTYPES[x.dtype], _INTEGERS[weight.quantization.bits] if weight.quantization else _DTYPES[weight.dtype],
-        _DTYPES[weight.dtype], _DTYPES[out.dtype], torch.get_num_threads(), *more,
+        CODES[x.dtype], _INTEGERS[weight.quantization.bits] if weight.quantization else CODES[weight.dtype],
+        CODES[weight.dtype], CODES[out.dtype], torch.get_num_threads(), *more,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@
 
                                                               (Shazeer et al. 2017, arXiv:1701.06538)
 
-logits   [tokens, experts], float32 or bfloat16
+logits   [tokens, experts], float32, bfloat16 or float16
 experts  [tokens, k] int32, and weights [tokens, k] float32, in falling order
 pair     token * k + choice: what one expert computes for one token
 x        [tokens, in_features], or [tokens * k, in_features], a row for each pair
@@ -33,14 +33,13 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
+from kernels.dtypes import CODES
 from kernels.experts import ExpertWeights
 from kernels.linear import c_linear
 
 BLOCK_ROWS = 64  # the rows of one instruction on sm_90
 MAX_EXPERTS = 256
 MAX_CHOICES = 8
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,10 @@ def top_k_gating(
     renormalize: the k weights of a token add up to 1.
     Raises ValueError when an argument breaks the contract.
     """
-    if logits.dtype not in _DTYPES or logits.dim() != 2 or not logits.is_contiguous():
+    if logits.dtype not in CODES or logits.dim() != 2 or not logits.is_contiguous():
         raise ValueError(
-            f"logits must be contiguous float32 or bfloat16 [tokens, experts], got {logits.dtype} {list(logits.shape)}"
+            "logits must be contiguous float32, bfloat16 or float16 [tokens, experts], "
+            f"got {logits.dtype} {list(logits.shape)}"
         )
     tokens, num_experts = logits.shape
     if not 1 <= num_experts <= MAX_EXPERTS:
@@ -102,7 +102,7 @@ def top_k_gating(
     else:
         library.call("tandem_top_k_gating",
             logits.data_ptr(), weights.data_ptr(), experts.data_ptr(), tokens, num_experts, k,
-            _DTYPES[logits.dtype], int(scoring == "sigmoid"), int(renormalize), torch.get_num_threads(),
+            CODES[logits.dtype], int(scoring == "sigmoid"), int(renormalize), torch.get_num_threads(),
         )  # fmt: skip
     return weights, experts
 
@@ -152,9 +152,9 @@ def grouped_linear(
     Raises ValueError when a tensor breaks the contract.
     """
     tokens, k = routing.experts.shape
-    if x.dtype not in _DTYPES or x.dim() != 2 or len(x) not in (tokens, tokens * k) or not x.is_contiguous():
+    if x.dtype not in CODES or x.dim() != 2 or len(x) not in (tokens, tokens * k) or not x.is_contiguous():
         raise ValueError(
-            f"x must be contiguous float32 or bfloat16 [{tokens} or {tokens * k}, in_features], "
+            f"x must be contiguous float32, bfloat16 or float16 [{tokens} or {tokens * k}, in_features], "
             f"got {x.dtype} {list(x.shape)}"
         )
     if weight.dtype != x.dtype or weight.num_experts != routing.num_experts or weight.in_features != x.shape[1]:
@@ -193,31 +193,33 @@ def combine(
     shared_gate: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Adds the k rows of each token, in order -> [tokens, width] of y's dtype, or `out`, which may be bfloat16 anyway.
+    """Adds the k rows of each token, in order -> [tokens, width] of y's dtype, or `out`, which may be narrower.
 
     The weights are in y already: `grouped_linear` has a pair's sums in float32 when it multiplies by them, so that
     costs no rounding.
-    shared: [tokens, width], float32 or bfloat16, added last, times the sigmoid of shared_gate where there is one.
-    shared_gate: [tokens, 1], float32 or bfloat16, logits.
+    shared: [tokens, width], of any of their dtypes, added last, times the sigmoid of shared_gate where there is one.
+    shared_gate: [tokens, 1], likewise, logits.
     Raises ValueError when a tensor breaks the contract.
     """
-    if y.dtype not in _DTYPES or y.dim() != 2 or not y.is_contiguous():
-        raise ValueError(f"y must be contiguous float32 or bfloat16 [tokens * k, width], got {y.dtype} {list(y.shape)}")
+    if y.dtype not in CODES or y.dim() != 2 or not y.is_contiguous():
+        raise ValueError(
+            f"y must be contiguous float32, bfloat16 or float16 [tokens * k, width], got {y.dtype} {list(y.shape)}"
+        )
     if not 1 <= k <= MAX_CHOICES or len(y) % k:
         raise ValueError(f"k must be from 1 to {MAX_CHOICES} and divide the {len(y)} rows of y, got {k}")
     tokens, width = len(y) // k, y.shape[1]
     for name, tensor, columns in (("shared", shared, width), ("shared_gate", shared_gate, 1)):
         if tensor is not None:
-            _out(name, tensor, (tokens, columns), tuple(_DTYPES), y)
+            _out(name, tensor, (tokens, columns), tuple(CODES), y)
     if shared_gate is not None and shared is None:
         raise ValueError("shared_gate is of shared, and there is none")
-    out = _out("out", out, (tokens, width), (y.dtype, torch.bfloat16), y)
+    out = _out("out", out, (tokens, width), tuple(dict.fromkeys((y.dtype, torch.bfloat16, torch.float16))), y)
     if in_triton("combine", y):
         from kernels.cuda.moe import combine as launch
 
         launch(y, k, shared, shared_gate, out)
     else:
-        dtypes = (0 if tensor is None else _DTYPES[tensor.dtype] for tensor in (y, shared, shared_gate, out))
+        dtypes = (0 if tensor is None else CODES[tensor.dtype] for tensor in (y, shared, shared_gate, out))
         library.call("tandem_combine",
             y.data_ptr(), _address(shared), _address(shared_gate), out.data_ptr(), tokens, width, k, *dtypes,
             torch.get_num_threads(),

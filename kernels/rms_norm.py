@@ -2,7 +2,7 @@
 
     y = x / sqrt(mean(x^2) + eps) * weight            (Zhang and Sennrich 2019, arXiv:1910.07467)
 
-x, residual, y   [rows, width], contiguous, float32 or bfloat16
+x, residual, y   [rows, width], contiguous, float32, bfloat16 or float16
 weight           [width], x's dtype or float32
 
 float32 inside, rounded once at the end. A row's bits depend on that row alone.
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+from kernels.dtypes import CODES
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
@@ -81,13 +80,15 @@ def _launch(
     library.call("tandem_rms_norm",
         x.data_ptr(), None if residual is None else residual.data_ptr(), weight.data_ptr(),
         out.data_ptr(), None if residual_out is None else residual_out.data_ptr(),
-        rows, width, float(eps), _DTYPES[x.dtype], _DTYPES[weight.dtype], torch.get_num_threads(),
+        rows, width, float(eps), CODES[x.dtype], CODES[weight.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
-    if x.dtype not in _DTYPES or x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"x must be contiguous float32 or bfloat16 [rows, width], got {x.dtype} {list(x.shape)}")
+    if x.dtype not in CODES or x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(
+            f"x must be contiguous float32, bfloat16 or float16 [rows, width], got {x.dtype} {list(x.shape)}"
+        )
     if weight.dtype not in (x.dtype, torch.float32) or weight.shape != x.shape[1:] or not weight.is_contiguous():
         raise ValueError(
             f"weight must be contiguous {x.dtype} or float32 [{x.shape[1]}], got {weight.dtype} {list(weight.shape)}"

@@ -5,7 +5,8 @@
         y[i + rotary / 2] = x[i + rotary / 2] * cos[p, i] + x[i] * sin[p, i]
     interleaved (the order of the paper and of GPT-J): the same of x[2i] and x[2i + 1]
 
-Dimensions from `rotary` on pass through. With q_norm and k_norm, each head is first RMS-normalised (Qwen 3).
+Dimensions from `rotary` on pass through, all of them where it is 0: a position then only has to be in range. With
+q_norm and k_norm, each head is first RMS-normalised (Qwen 3).
 
     qkv          [tokens, (heads + 2 * kv_heads) * head_dim]: q heads, k heads, v heads
     cos_sin      [max_positions, rotary] float32: cos in the first half of a row, sin in the second, of frequencies
@@ -31,10 +32,9 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
+from kernels.dtypes import CODES
 from kernels.kv_format import KvPlanes, quantize_rows
 from kernels.rms_norm import rms_norm_reference
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def rope_and_cache(
@@ -54,9 +54,9 @@ def rope_and_cache(
 ) -> Tensor:
     """Rotates q and k, writes k and v into the cache, returns q; see the module for shapes.
 
-    float32 or bfloat16 (qkv and a plain cache alike); head_dim a multiple of 8, rotary even and at most head_dim.
-    Raises ValueError when a tensor breaks the contract and, on a CPU, IndexError, with nothing written, when a position
-    or slot is out of range.
+    float32, bfloat16 or float16 (qkv and a plain cache alike); head_dim a multiple of 8, rotary even and at most
+    head_dim. Raises ValueError when a tensor breaks the contract and, on a CPU, IndexError, with nothing written, when
+    a position or slot is out of range.
     """
     triton = in_triton("rope_and_cache", qkv)
     tokens = qkv.shape[0]
@@ -79,7 +79,7 @@ def rope_and_cache(
         *cache.keys.stride()[:3], *cache.values.stride()[:3],
         tokens, num_heads, num_kv_heads, head_dim, cos_sin.shape[1], cos_sin.shape[0], num_blocks, block_tokens,
         None if q_norm is None else q_norm.data_ptr(), None if k_norm is None else k_norm.data_ptr(),
-        float(eps), 0 if q_norm is None else _DTYPES[q_norm.dtype], _DTYPES[qkv.dtype],
+        float(eps), 0 if q_norm is None else CODES[q_norm.dtype], CODES[qkv.dtype],
         int(interleaved), torch.get_num_threads(), *cache.c_arguments(),
     )  # fmt: skip
     if failed:

@@ -2,7 +2,7 @@
 
     y = clamp(soft_cap * tanh(factor * x / soft_cap), -clip, clip)
 
-x, y   [rows, width], contiguous, float32 or bfloat16
+x, y   [rows, width], contiguous, float32, bfloat16 or float16
 
 A part that is not given is left out: without soft_cap y = clamp(factor * x, -clip, clip). float32 inside, rounded once
 at the end; NaN stays NaN. Each element depends on itself alone.
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+from kernels.dtypes import CODES
 
 
 def scale(
@@ -35,8 +34,10 @@ def scale(
     that is not finite and above 0.
     """
     triton = in_triton("scale", x)
-    if x.dtype not in _DTYPES or x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"x must be contiguous float32 or bfloat16 [rows, width], got {x.dtype} {list(x.shape)}")
+    if x.dtype not in CODES or x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(
+            f"x must be contiguous float32, bfloat16 or float16 [rows, width], got {x.dtype} {list(x.shape)}"
+        )
     if not math.isfinite(factor):
         raise ValueError(f"factor must be finite, got {factor}")
     for name, bound in (("soft_cap", soft_cap), ("clip", clip)):
@@ -55,7 +56,7 @@ def scale(
         return out
     library.call("tandem_scale",
         x.data_ptr(), out.data_ptr(), x.numel(), float(factor), float(soft_cap or 0), float(clip or 0),
-        _DTYPES[x.dtype], torch.get_num_threads(),
+        CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 

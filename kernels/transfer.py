@@ -4,7 +4,8 @@
 
 For each token i, layer, keys and values, and head: target row i of head h = source row i of head first_head + h.
 Between blocks of one dtype that is the very bytes, scale included. Between others it goes through float32: widened, by
-one rounding of scale * element, then rounded to bfloat16 (to nearest, ties to even) or quantized as by `quantize_rows`.
+one rounding of scale * element, then rounded to bfloat16 or float16 (to nearest, ties to even, to infinity beyond all
+numbers) or quantized as by `quantize_rows`.
 What the bytes of a block mean stands in kernels/kv_format.py.
 
 source        uint8 [source blocks, source_format.block_bytes], contiguous
@@ -34,8 +35,6 @@ from torch import Tensor
 from kernels.cpu import library
 from kernels.device import in_triton
 from kernels.kv_format import ELEMENTS, KvFormat, quantize_rows, widen_rows
-
-_NUMBERS = {"float32": 0, "bfloat16": 1, "int8": 2, "fp8": 3}  # as kernels/cpu/transfer.c has them
 
 
 def transfer_tokens(
@@ -127,7 +126,7 @@ def _places(form: KvFormat, table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor
 def _arguments(pool: Tensor, form: KvFormat, table: Tensor, offset: int) -> tuple[int, ...]:
     return (
         pool.data_ptr(), table.data_ptr(), offset, pool.shape[0],
-        _NUMBERS[form.dtype], form.num_kv_heads, form.block_tokens,
+        form.number, form.num_kv_heads, form.block_tokens,
     )  # fmt: skip
 
 

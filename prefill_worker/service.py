@@ -13,9 +13,11 @@ from typing import Any
 import grpc
 from tandem.v1 import kv_pb2_grpc, prefill_pb2, prefill_pb2_grpc, worker_pb2
 
+from prefill_worker.embed_service import EmbedRole, refuses_to_embed
 from prefill_worker.prompt import Computed, Done, Event, Failed, Prompt
 from prefill_worker.scheduler import PrefillScheduler
 from shared.block_pool import BlockPool
+from shared.engine import EncoderEngine, Engine
 from shared.engine_thread import EngineThread
 from shared.rpc import handler, invalid
 from shared.sampling import Sampled
@@ -32,8 +34,8 @@ class PrefillRole(prefill_pb2_grpc.PrefillServiceServicer):
 
     service_names = ("tandem.v1.PrefillService", "tandem.v1.KvService")
 
-    def __init__(self, site: Site) -> None:
-        config, plan = site.config.prefill, site.engine.plan
+    def __init__(self, site: Site, engine: Engine) -> None:
+        config, plan = site.config.prefill, engine.plan
         pool = BlockPool(
             plan.num_blocks,
             plan.layout.block_tokens,
@@ -41,7 +43,7 @@ class PrefillRole(prefill_pb2_grpc.PrefillServiceServicer):
             model_digest=plan.layout.model_digest,
         )
         self.scheduler = PrefillScheduler(
-            site.engine,
+            engine,
             pool,
             chunk_tokens=config.chunk_tokens,
             batch_tokens=config.batch_tokens,
@@ -107,6 +109,12 @@ class PrefillRole(prefill_pb2_grpc.PrefillServiceServicer):
                 case Failed(error):
                     raise error
 
+    @handler
+    async def EmbedTokens(
+        self, request: prefill_pb2.EmbedTokensRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> prefill_pb2.EmbedTokensResponse:
+        raise refuses_to_embed(self._site.limits.model)
+
     def _check_sizes(self, work: TokenRequest, skip_tokens: int) -> None:
         limits = self._site.limits
         num_blocks = -(-len(work.token_ids) // limits.block_tokens)
@@ -138,5 +146,8 @@ class PrefillRole(prefill_pb2_grpc.PrefillServiceServicer):
         )
 
 
-def create_role(site: Site) -> PrefillRole:
-    return PrefillRole(site)
+def create_role(site: Site) -> PrefillRole | EmbedRole:
+    """As the model is made for."""
+    if isinstance(site.engine, EncoderEngine):
+        return EmbedRole(site, site.engine)
+    return PrefillRole(site, site.engine)

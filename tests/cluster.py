@@ -148,7 +148,8 @@ class Cluster:
                     "gateway.port": 0,
                     "gateway.http_port": 0,
                     "gateway.prefill_workers": [member.grpc for member in self.prefill],
-                    "gateway.decode_workers": [member.grpc for member in self.decode],
+                    # a model that embeds has none, and the configuration wants one
+                    **({"gateway.decode_workers": [member.grpc for member in self.decode]} if self.decode else {}),
                     **gateway,
                 },
             )
@@ -323,8 +324,12 @@ class Cluster:
         except TimeoutError:
             raise AssertionError(f"not given back after {SETTLE_S} s:\nbefore {before}\nnow    {now}") from None
 
+    async def metrics_text(self) -> str:
+        """All metrics of the gateway."""
+        return (await self._http.get(f"{self.http_url}/metrics")).text
+
     async def metric(self, name: str) -> float:
         """The value of a metric of the gateway that has no labels."""
-        text = (await self._http.get(f"{self.http_url}/metrics")).text
+        text = await self.metrics_text()
         [line] = [line for line in text.splitlines() if line.startswith(f"{name} ")]
         return float(line.split()[1])

@@ -28,6 +28,7 @@ OURS = {*MAY_IMPORT, "tandem", "tests"}
 ONLY_IN = {
     "triton": ("kernels/",),
     "transformers": ("shared/model_convert.py", "shared/engine/hugging_face.py"),
+    "diffusers": ("shared/engine/diffusers_models.py",),
     "nixl": ("shared/transport/",),
     "cuda": ("shared/transport/",),
 }
@@ -113,7 +114,7 @@ def test_gateway_and_plain_files_load_no_torch():
         [
             "import sys",
             *(f"import {module}" for module in sorted(modules)),
-            "print(*sorted({'torch', 'transformers', 'triton'} & sys.modules.keys()))",
+            "print(*sorted({'torch', 'transformers', 'diffusers', 'triton'} & sys.modules.keys()))",
         ]
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -194,7 +194,8 @@ KINDS: dict[str, dict[str, object]] = {
 
 
 @functools.cache
-def _root() -> Path:
+def models_root() -> Path:
+    """Where the models of this process lie."""
     root = Path(tempfile.mkdtemp(prefix="tandem-tiny-models-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return root
@@ -203,7 +204,7 @@ def _root() -> Path:
 @functools.cache
 def tiny_model(kind: str = "llama", *, seed: int = 0) -> Path:
     """A folder with a random model of KINDS, the same weights for the same seed."""
-    folder = _root() / f"tiny-{kind}-{seed}"
+    folder = models_root() / f"tiny-{kind}-{seed}"
     fields = {name: value for name, value in {**_SIZES, **KINDS[kind]}.items() if value is not None}
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.random.fork_rng():
@@ -245,7 +246,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @functools.cache
 def tiny_gguf(kind: str = "llama") -> Path:
     """A llama kind as a .gguf file."""
-    path = _root() / f"tiny-{kind}.gguf"
+    path = models_root() / f"tiny-{kind}.gguf"
     write_gguf(path, kind)
     return path
 

@@ -21,6 +21,7 @@ static void strip_chunk(const void *argument, int64_t chunk) {
     int64_t end = (chunk + 1) * job->strip < job->rows ? (chunk + 1) * job->strip : job->rows;
     int64_t first = chunk * job->strip * job->width;
     if (job->dtype == BFLOAT16) elements(job, first, end * job->width, BFLOAT16);
+    else if (job->dtype == FLOAT16) elements(job, first, end * job->width, FLOAT16);
     else elements(job, first, end * job->width, FLOAT32);
 }
 

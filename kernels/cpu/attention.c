@@ -689,6 +689,9 @@ static void attend_tile(const Call *call, const Item *item, int64_t tile, int64_
     } else if (call->dtype == BFLOAT16) {
         pack_keys(own->keys, &own->rows, first, last, own->next, head_dim, BFLOAT16);
         pack_values(own->values, &own->rows, first, last, head_dim, BFLOAT16);
+    } else if (call->dtype == FLOAT16) {
+        pack_keys(own->keys, &own->rows, first, last, own->next, head_dim, FLOAT16);
+        pack_values(own->values, &own->rows, first, last, head_dim, FLOAT16);
     } else {
         pack_keys(own->keys, &own->rows, first, last, own->next, head_dim, FLOAT32);
         if (padded_dim != head_dim) pack_values(own->values, &own->rows, first, last, head_dim, FLOAT32);

@@ -37,6 +37,7 @@ static void strip_chunk(const void *argument, int64_t chunk) {
             memcpy((void *)at(job->y, r * job->width, job->dtype), at(job->table, job->token_ids[r] * job->width, job->dtype),
                    (size_t)(job->width * bytes_of(job->dtype)));
         else if (job->dtype == BFLOAT16) row(job, r, BFLOAT16);
+        else if (job->dtype == FLOAT16) row(job, r, FLOAT16);
         else row(job, r, FLOAT32);
     }
 }

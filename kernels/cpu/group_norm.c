@@ -58,14 +58,18 @@ INLINE void group(const Norm *job, int64_t g, int dtype, int silu) {
     }
 }
 
+INLINE void group_by_silu(const Norm *job, int64_t g, int dtype) {
+    if (job->silu) group(job, g, dtype, 1);
+    else group(job, g, dtype, 0);
+}
+
 static void strip_chunk(const void *argument, int64_t chunk) {
     const Norm *job = argument;
     int64_t end = (chunk + 1) * job->strip < job->count ? (chunk + 1) * job->strip : job->count;
     for (int64_t g = chunk * job->strip; g < end; g++) {
-        if (job->dtype == BFLOAT16 && job->silu) group(job, g, BFLOAT16, 1);
-        else if (job->dtype == BFLOAT16) group(job, g, BFLOAT16, 0);
-        else if (job->silu) group(job, g, FLOAT32, 1);
-        else group(job, g, FLOAT32, 0);
+        if (job->dtype == BFLOAT16) group_by_silu(job, g, BFLOAT16);
+        else if (job->dtype == FLOAT16) group_by_silu(job, g, FLOAT16);
+        else group_by_silu(job, g, FLOAT32);
     }
 }
 

@@ -51,14 +51,18 @@ INLINE void row(const Norm *job, int64_t r, int dtype, int kind) {
     for (int64_t h = 0; h < job->num_heads; h++) head(job, start + h * job->width, h * job->step, dtype, kind);
 }
 
+INLINE void row_by_kind(const Norm *job, int64_t r, int dtype) {
+    if (job->kind == RMS) row(job, r, dtype, RMS);
+    else row(job, r, dtype, LAYER);
+}
+
 static void strip_chunk(const void *argument, int64_t chunk) {
     const Norm *job = argument;
     int64_t end = (chunk + 1) * job->strip < job->rows ? (chunk + 1) * job->strip : job->rows;
     for (int64_t r = chunk * job->strip; r < end; r++) {
-        if (job->kind == RMS && job->dtype == BFLOAT16) row(job, r, BFLOAT16, RMS);
-        else if (job->kind == RMS) row(job, r, FLOAT32, RMS);
-        else if (job->dtype == BFLOAT16) row(job, r, BFLOAT16, LAYER);
-        else row(job, r, FLOAT32, LAYER);
+        if (job->dtype == BFLOAT16) row_by_kind(job, r, BFLOAT16);
+        else if (job->dtype == FLOAT16) row_by_kind(job, r, FLOAT16);
+        else row_by_kind(job, r, FLOAT32);
     }
 }
 

@@ -4,10 +4,10 @@
 
 #include "simd.h"
 
-enum { INT8 = 2, FP8 = 3 }; /* what elements are kept as, after simd.h's FLOAT32 and BFLOAT16 */
+enum { INT8 = 2, FP8 = 3 }; /* what elements are kept as, beside simd.h's dtypes */
 
 INLINE int quantized(int64_t kept) { return kept == INT8 || kept == FP8; }
-INLINE int64_t element_bytes(int64_t kept) { return kept == FLOAT32 ? 4 : kept == BFLOAT16 ? 2 : 1; }
+INLINE int64_t element_bytes(int64_t kept) { return quantized(kept) ? 1 : bytes_of((int)kept); }
 
 #if VL == 16
 INLINE vu vu_max(vu a, vu b) { return (vu)_mm512_max_epu32((__m512i)a, (__m512i)b); }
@@ -80,7 +80,7 @@ INLINE vf widen_elements(const char *p, int64_t n, int kept) {
     return kept == INT8 ? vf_widen8((const int8_t *)p) : e4m3_widen(read_bytes(p));
 }
 
-/* A row of head_dim float32 or bfloat16 -> its elements. Returns their scale. */
+/* A row of head_dim numbers of a dtype -> its elements. Returns their scale. */
 INLINE float quantize_row(const void *row, int64_t head_dim, int dtype, char *elements, int kept) {
     /* the bits of numbers without a sign are in the order of the numbers, NaNs above all */
     vu highest = {0};

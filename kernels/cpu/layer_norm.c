@@ -46,6 +46,7 @@ static void strip_chunk(const void *argument, int64_t chunk) {
     int64_t end = (chunk + 1) * job->strip < job->rows ? (chunk + 1) * job->strip : job->rows;
     for (int64_t r = chunk * job->strip; r < end; r++) {
         if (job->dtype == BFLOAT16) row(job, r * job->width, BFLOAT16);
+        else if (job->dtype == FLOAT16) row(job, r * job->width, FLOAT16);
         else row(job, r * job->width, FLOAT32);
     }
 }

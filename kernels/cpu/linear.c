@@ -43,7 +43,7 @@ INLINE const void *panel_of(const Linear *job, int64_t panel) {
 
 INLINE vf weights(const void *w, int64_t element, int dtype) {
     if (dtype == INT8) return vf_widen8((const int8_t *)w + element);
-    return dtype == BFLOAT16 ? vf_widen((const uint16_t *)w + element) : vf_load((const float *)w + element);
+    return vf_load_as(at(w, element, dtype), dtype);
 }
 
 /* Input feature i of words as float32, 1 / UNITS[i] times as large and more by 8 times that. */
@@ -174,6 +174,7 @@ static void few_rows_chunk(const void *argument, int64_t chunk) {
     float total[FEW * WIDTH] __attribute__((aligned(64)));
     for (int64_t panel = first_panel(job, chunk); panel < first_panel(job, chunk + 1); panel++) {
         if (job->w_dtype == BFLOAT16) few_rows_panel(job, panel, total, BFLOAT16);
+        else if (job->w_dtype == FLOAT16) few_rows_panel(job, panel, total, FLOAT16);
         else if (job->w_dtype == INT8) few_rows_panel(job, panel, total, INT8);
         else if (job->w_dtype == INT4) few_rows_panel(job, panel, total, INT4);
         else few_rows_panel(job, panel, total, FLOAT32);
@@ -194,6 +195,8 @@ static const float *widened(const void *w, int64_t depth, float *wide, int dtype
             }
     else if (dtype == INT8)
         for (int64_t i = 0; i < depth * WIDTH; i += VL) vf_store(wide + i, weights(w, i, INT8));
+    else if (dtype == FLOAT16)
+        for (int64_t i = 0; i < depth * WIDTH; i += VL) vf_store(wide + i, weights(w, i, FLOAT16));
     else
         for (int64_t i = 0; i < depth * WIDTH; i += VL) vf_store(wide + i, weights(w, i, BFLOAT16));
     return wide;

@@ -20,7 +20,7 @@
 #include "simd.h"
 #include "team.h"
 
-enum { INT8 = 2, INT4 = 3 }; /* dtypes of weights alone, beside FLOAT32 and BFLOAT16 */
+enum { INT8 = 2, INT4 = 3 }; /* dtypes of weights alone, beside simd.h's */
 
 enum {
     WIDTH = 32, /* output features of a panel */

@@ -3,28 +3,6 @@
 #include "simd.h"
 #include "team.h"
 
-INLINE void row(const void *x, const void *residual, const void *weight, void *y, void *residual_out, int64_t start,
-                int64_t width, float eps, int dtype, int weight_dtype) {
-    vf sums[LANES / VL];
-    for (int i = 0; i < LANES / VL; i++) sums[i] = vf_set1(0.0f);
-    for (int64_t i = 0; i < width; i += VL) {
-        int64_t n = width - i < VL ? width - i : VL;
-        vf value = vf_read(x, start + i, n, dtype);
-        if (residual) {
-            vf_write(residual_out, start + i, n, dtype, value + vf_read(residual, start + i, n, dtype));
-            value = vf_read(residual_out, start + i, n, dtype); /* the norm sees what the stream carries on */
-        }
-        sums[i / VL % (LANES / VL)] += value * value;
-    }
-    float inverse = 1.0f / sqrtf(sum_lanes((const float *)sums) / (float)width + eps);
-    const void *source = residual ? residual_out : x;
-    for (int64_t i = 0; i < width; i += VL) {
-        int64_t n = width - i < VL ? width - i : VL;
-        vf scaled = vf_read(source, start + i, n, dtype) * inverse * vf_read(weight, i, n, weight_dtype);
-        vf_write(y, start + i, n, dtype, scaled);
-    }
-}
-
 typedef struct {
     const void *x, *residual, *weight;
     void *y, *residual_out;
@@ -33,14 +11,35 @@ typedef struct {
     int dtype, weight_dtype;
 } Norm;
 
+INLINE void row(const Norm *job, int64_t start, int dtype) {
+    int64_t width = job->width;
+    vf sums[LANES / VL];
+    for (int i = 0; i < LANES / VL; i++) sums[i] = vf_set1(0.0f);
+    for (int64_t i = 0; i < width; i += VL) {
+        int64_t n = width - i < VL ? width - i : VL;
+        vf value = vf_read(job->x, start + i, n, dtype);
+        if (job->residual) {
+            vf_write(job->residual_out, start + i, n, dtype, value + vf_read(job->residual, start + i, n, dtype));
+            value = vf_read(job->residual_out, start + i, n, dtype); /* the norm sees what the stream carries on */
+        }
+        sums[i / VL % (LANES / VL)] += value * value;
+    }
+    float inverse = 1.0f / sqrtf(sum_lanes((const float *)sums) / (float)width + job->eps);
+    const void *source = job->residual ? job->residual_out : job->x;
+    for (int64_t i = 0; i < width; i += VL) {
+        int64_t n = width - i < VL ? width - i : VL;
+        vf scaled = vf_read(source, start + i, n, dtype) * inverse * vf_read(job->weight, i, n, job->weight_dtype);
+        vf_write(job->y, start + i, n, dtype, scaled);
+    }
+}
+
 static void strip_chunk(const void *argument, int64_t chunk) {
-    const Norm *job = argument;
-    int64_t end = (chunk + 1) * job->strip < job->rows ? (chunk + 1) * job->strip : job->rows, width = job->width;
-    for (int64_t r = chunk * job->strip; r < end; r++) {
-        if (job->dtype == BFLOAT16)
-            row(job->x, job->residual, job->weight, job->y, job->residual_out, r * width, width, job->eps, BFLOAT16, job->weight_dtype);
-        else
-            row(job->x, job->residual, job->weight, job->y, job->residual_out, r * width, width, job->eps, FLOAT32, job->weight_dtype);
+    const Norm job = *(const Norm *)argument; /* a copy, which no row that is written can change */
+    int64_t end = (chunk + 1) * job.strip < job.rows ? (chunk + 1) * job.strip : job.rows;
+    for (int64_t r = chunk * job.strip; r < end; r++) {
+        if (job.dtype == BFLOAT16) row(&job, r * job.width, BFLOAT16);
+        else if (job.dtype == FLOAT16) row(&job, r * job.width, FLOAT16);
+        else row(&job, r * job.width, FLOAT32);
     }
 }
 

@@ -107,7 +107,7 @@ INLINE void token(const Rope *job, int64_t t, int dtype, int interleaved, int qu
     const int64_t *k = job->k_strides, *v = job->v_strides;
     if (quantizes) {
         const int64_t *ks = job->k_scale_strides, *vs = job->v_scale_strides;
-        float row[head_dim]; /* room for either dtype */
+        float row[head_dim]; /* room for any dtype */
         for (int64_t h = 0; h < job->num_kv_heads; h++, start += head_dim) {
             head(job->qkv, start, row, 0, head_dim, rotary, cosine, sine, job->k_norm, dtype, interleaved);
             write_row(job, row, dtype, job->k_cache, block * k[0] + h * k[1] + offset * k[2],
@@ -126,16 +126,19 @@ INLINE void token(const Rope *job, int64_t t, int dtype, int interleaved, int qu
                (size_t)(head_dim * bytes_of(dtype)));
 }
 
+INLINE void token_by_form(const Rope *job, int64_t t, int dtype) {
+    if (quantized(job->kept)) token(job, t, dtype, 0, 1);
+    else token(job, t, dtype, 0, 0);
+}
+
 static void strip_chunk(const void *argument, int64_t chunk) {
     const Rope *job = argument;
     int64_t end = (chunk + 1) * job->strip < job->tokens ? (chunk + 1) * job->strip : job->tokens;
-    int quantizes = quantized(job->kept);
     for (int64_t t = chunk * job->strip; t < end; t++) {
-        if (job->interleaved) token(job, t, job->dtype, 1, quantizes);
-        else if (quantizes && job->dtype == BFLOAT16) token(job, t, BFLOAT16, 0, 1);
-        else if (quantizes) token(job, t, FLOAT32, 0, 1);
-        else if (job->dtype == BFLOAT16) token(job, t, BFLOAT16, 0, 0);
-        else token(job, t, FLOAT32, 0, 0);
+        if (job->interleaved) token(job, t, job->dtype, 1, quantized(job->kept));
+        else if (job->dtype == BFLOAT16) token_by_form(job, t, BFLOAT16);
+        else if (job->dtype == FLOAT16) token_by_form(job, t, FLOAT16);
+        else token_by_form(job, t, FLOAT32);
     }
 }
 

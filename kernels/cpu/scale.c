@@ -34,6 +34,7 @@ static void part_chunk(const void *argument, int64_t chunk) {
     const Scale *job = argument;
     int64_t begin = chunk * PART, end = begin + PART < job->count ? begin + PART : job->count;
     if (job->dtype == BFLOAT16) part_by_bounds(job, begin, end, BFLOAT16);
+    else if (job->dtype == FLOAT16) part_by_bounds(job, begin, end, FLOAT16);
     else part_by_bounds(job, begin, end, FLOAT32);
 }
 

@@ -79,7 +79,8 @@ typedef float v8 __attribute__((vector_size(32)));
 typedef uint32_t u8x32 __attribute__((vector_size(32)));
 typedef uint16_t u8x16 __attribute__((vector_size(16)));
 
-enum { FLOAT32 = 0, BFLOAT16 = 1 };
+/* What rows of numbers are, as kernels/dtypes.py says; 2 and 3 are integers and bytes, of linear.h and kv_format.h. */
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 4 };
 
 INLINE v8 v8_load(const float *p) { v8 x; memcpy(&x, p, sizeof x); return x; }
 INLINE void v8_store(float *p, v8 x) { memcpy(p, &x, sizeof x); }
@@ -109,7 +110,36 @@ INLINE u8x16 bf16_round(v8 x) {
     return narrow_u32((rounded & ~is_nan) | (0x7fc0u & is_nan));
 }
 
-INLINE int64_t bytes_of(int dtype) { return dtype == BFLOAT16 ? 2 : 4; }
+/* 8 float16 as float32. Without instructions for it: a number without an exponent is read with that of the least that has one,
+ * whose leading 1 is then taken away again. */
+INLINE v8 f16_widen(u8x16 half) {
+#if defined(__F16C__)
+    return (v8)_mm256_cvtph_ps((__m128i)half);
+#else
+    u8x32 bits = widen_u16(half), magnitude = (bits & 0x7fffu) << 13;
+    u8x32 tiny = (u8x32)(magnitude < (0x400u << 13)), endless = (u8x32)(magnitude >= (0x7c00u << 13));
+    u8x32 is_nan = (u8x32)(magnitude > (0x7c00u << 13));
+    v8 value = (v8)(magnitude + (112u << 23) + (tiny & (1u << 23)) + (endless & (112u << 23))) - (v8)(tiny & 0x38800000u);
+    return (v8)((u8x32)value | (is_nan & 0x400000u) | ((bits & 0x8000u) << 16));
+#endif
+}
+
+/* Round to nearest even, to infinity from 65520 on; a NaN stays a NaN, with its first bits, made quiet. */
+INLINE u8x16 f16_round(v8 x) {
+#if defined(__F16C__)
+    return (u8x16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    u8x32 bits = (u8x32)x, magnitude = bits & 0x7fffffffu;
+    u8x32 rounded = ((magnitude + 0xfffu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
+    u8x32 fixed = (u8x32)((v8)magnitude + 0.5f) - 0x3f000000u; /* adding 2^-1 rounds to multiples of 2^-24 */
+    u8x32 tiny = (u8x32)(magnitude < 0x38800000u), endless = (u8x32)(magnitude >= 0x47800000u);
+    u8x32 is_nan = (u8x32)(magnitude > 0x7f800000u);
+    u8x32 code = (tiny & fixed) | (~tiny & ((endless & 0x7c00u) | (~endless & rounded)));
+    return narrow_u32(code | (is_nan & (0x200u | ((magnitude >> 13) & 0x3ffu))) | ((bits >> 16) & 0x8000u));
+#endif
+}
+
+INLINE int64_t bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 INLINE const void *at(const void *base, int64_t element, int dtype) {
     return (const char *)base + element * bytes_of(dtype);
@@ -118,11 +148,11 @@ INLINE const void *at(const void *base, int64_t element, int dtype) {
 /* n (1 to 8) elements at base[element] as float32, zeros beyond n. */
 INLINE v8 read8(const void *base, int64_t element, int64_t n, int dtype) {
     const void *p = at(base, element, dtype);
-    if (dtype == BFLOAT16) {
+    if (dtype != FLOAT32) {
         u8x16 half = {0};
         if (n >= 8) memcpy(&half, p, sizeof half);
         else memcpy(&half, p, (size_t)n * 2);
-        return bf16_widen(half);
+        return dtype == FLOAT16 ? f16_widen(half) : bf16_widen(half);
     }
     v8 x = {0};
     if (n >= 8) memcpy(&x, p, sizeof x);
@@ -132,8 +162,8 @@ INLINE v8 read8(const void *base, int64_t element, int64_t n, int dtype) {
 
 INLINE void write8(void *base, int64_t element, int64_t n, int dtype, v8 x) {
     void *p = (void *)at(base, element, dtype);
-    if (dtype == BFLOAT16) {
-        u8x16 half = bf16_round(x);
+    if (dtype != FLOAT32) {
+        u8x16 half = dtype == FLOAT16 ? f16_round(x) : bf16_round(x);
         if (n >= 8) memcpy(p, &half, sizeof half);
         else memcpy(p, &half, (size_t)n * 2);
     } else {
@@ -142,12 +172,22 @@ INLINE void write8(void *base, int64_t element, int64_t n, int dtype, v8 x) {
     }
 }
 
+/* VL elements as float32. */
+INLINE vf vf_load_as(const void *p, int dtype) {
+    if (dtype == BFLOAT16) return vf_widen(p);
+    if (dtype == FLOAT32) return vf_load(p);
+#if VL == 16
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#else
+    u8x16 half;
+    memcpy(&half, p, sizeof half);
+    return (vf)f16_widen(half);
+#endif
+}
+
 /* n (1 to VL) elements at base[element] as float32, zeros beyond n; and back. */
 INLINE vf vf_read(const void *base, int64_t element, int64_t n, int dtype) {
-    if (n >= VL) {
-        const void *p = at(base, element, dtype);
-        return dtype == BFLOAT16 ? vf_widen(p) : vf_load(p);
-    }
+    if (n >= VL) return vf_load_as(at(base, element, dtype), dtype);
     vf x = {0};
     for (int64_t i = 0; i < n; i += 8) {
         v8 part = read8(base, element + i, n - i < 8 ? n - i : 8, dtype);
@@ -164,6 +204,10 @@ INLINE void vf_write(void *base, int64_t element, int64_t n, int dtype, vf x) {
         vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
         rounded = (rounded & ~is_nan) | (0x7fc0u & is_nan);
         _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)rounded));
+        return;
+    }
+    if (n >= VL && dtype == FLOAT16) {
+        _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
         return;
     }
 #endif

@@ -14,8 +14,7 @@ typedef struct {
 
 /* VL elements as float32; and back. inverse: what a quantized row's numbers are multiplied by. */
 INLINE vf widen(const char *p, float scale, int dtype) {
-    if (dtype == FLOAT32) return vf_load((const float *)p);
-    if (dtype == BFLOAT16) return vf_widen((const uint16_t *)p);
+    if (!quantized(dtype)) return vf_load_as(p, dtype);
     if (dtype == INT8) return vf_widen8((const int8_t *)p) * scale;
     return e4m3_widen(read_bytes(p)) * scale;
 }
@@ -87,6 +86,7 @@ INLINE void convert_rows(const Rows *job, int from_dtype, int to_dtype) {
 INLINE void convert_to(const Rows *job, int64_t from_dtype, int to_dtype) {
     if (from_dtype == FLOAT32) convert_rows(job, FLOAT32, to_dtype);
     else if (from_dtype == BFLOAT16) convert_rows(job, BFLOAT16, to_dtype);
+    else if (from_dtype == FLOAT16) convert_rows(job, FLOAT16, to_dtype);
     else if (from_dtype == INT8) convert_rows(job, INT8, to_dtype);
     else convert_rows(job, FP8, to_dtype);
 }
@@ -97,6 +97,7 @@ static void move_rows(const Rows *job, int64_t from_dtype, int64_t to_dtype) {
         if (quantized(to_dtype)) memcpy(job->to_scales, job->from_scales, (size_t)(job->rows * 4));
     } else if (to_dtype == FLOAT32) convert_to(job, from_dtype, FLOAT32);
     else if (to_dtype == BFLOAT16) convert_to(job, from_dtype, BFLOAT16);
+    else if (to_dtype == FLOAT16) convert_to(job, from_dtype, FLOAT16);
     else if (to_dtype == INT8) convert_to(job, from_dtype, INT8);
     else convert_to(job, from_dtype, FP8);
 }

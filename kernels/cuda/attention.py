@@ -63,7 +63,10 @@ def _attend(
         if FORM != "plain":
             key_scale = tl.load(k_scales + block * k_scale_block + slot * k_scale_token, present, other=0.0)
             value_scale = tl.load(v_scales + block * v_scale_block + slot * v_scale_token, present, other=0.0)
-            k, v = narrow(decode(k, FORM, 0), q.dtype), narrow(decode(v, FORM, 0), q.dtype)
+            k, value = narrow(decode(k, FORM, 0), q.dtype), decode(v, FORM, 0)
+            if q.dtype == tl.float16:  # whose least numbers are too large for a small weight times a small scale
+                value *= value_scale[:, None]
+            v = narrow(value, q.dtype)
         scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], KEYS], tl.float32)) * scale
         if FORM != "plain":
             scores *= key_scale[None]  # pyright: ignore[reportPossiblyUnboundVariable]
@@ -80,7 +83,7 @@ def _attend(
         decay = tl.exp2(m - base)
         weights = tl.exp2(scores - base[:, None])
         total = total * decay + tl.sum(weights, 1)
-        if FORM != "plain":
+        if FORM != "plain" and q.dtype != tl.float16:
             weights *= value_scale[None]  # pyright: ignore[reportPossiblyUnboundVariable]
         o = dot(narrow(weights, v.dtype), v, o * decay[:, None])
         m = highest
@@ -351,7 +354,8 @@ def variants(capability: int) -> list[Variant]:
     for head_dim in (64, 128):
         for option in (plain, windowed, dense):
             found += _variants(capability, "fp32", head_dim, option)
-        for element in ("bf16", "fp32"):
+        found += _variants(capability, "fp16", head_dim, plain)
+        for element in ("bf16", "fp16", "fp32"):
             for form in GREATEST:
                 found += _variants(capability, element, head_dim, plain, form)
     return found
@@ -406,7 +410,7 @@ def _variants(
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
                 max_registers=_max_registers(not dense),
-                matrix=element == "bf16",
+                matrix=element != "fp32",
             )
         )
     if not capped and not alibi and not dense and form == "plain":

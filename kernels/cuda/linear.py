@@ -273,19 +273,19 @@ def _constants(
 
 
 def variants(capability: int) -> list[Variant]:
-    """SmolLM2-135M's and Llama-3.1-8B's linears in each form."""
+    """SmolLM2-135M's and Llama-3.1-8B's linears in each form; in float16, which has bfloat16's tiles, some of them."""
     kinds = [("plain", None, False), ("int8", None, False), ("int8", None, True), ("int4", 32, False)]
     kinds += [("int4", 128, False), ("fp8", None, False), ("fp6", None, False)]
     found = [
         _variant(dtype, out, in_features, form, group, x_scaled, split, tile)
         for out, in_features in ((960, 576), (4096, 4096), (28672, 4096))
         for form, group, x_scaled in kinds
-        for dtype in ("bf16", "fp32")
+        for dtype in ("bf16", "fp16", "fp32")
         for most, tile in _tiles(form, torch.float32 if dtype == "fp32" else torch.bfloat16).items()
         for split in (False, True)
         if in_features % (group or 1) == 0
         and _is_chosen(out, part_features(form, in_features), most, split, tile)
-        and (dtype == "bf16" or (in_features == 576 and not x_scaled))
+        and (dtype == "bf16" or (not x_scaled and (out == 4096 if dtype == "fp16" else in_features == 576)))
     ]
     found += [
         Variant(
@@ -350,5 +350,5 @@ def _variant(
         aligned=("in_features", "part", "range_features"),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        matrix=dtype == "bf16",
+        matrix=dtype != "fp32",
     )

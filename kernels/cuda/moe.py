@@ -6,6 +6,7 @@ The linear layers of widths that are no multiples of 16 are right, and slow: no 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -205,7 +206,7 @@ def route(routing: Routing) -> None:
 def grouped_linear(x: Tensor, weight: Tensor, routing: Routing, pair_weights: Tensor | None, out: Tensor) -> None:
     """x: a row for each token or each pair."""
     _, out_features, in_features = weight.shape
-    kind = "bf16" if x.element_size() == 2 else "fp32"
+    kind = "fp32" if x.dtype == torch.float32 else "bf16"
     constants, num_stages = _linear_constants(kind, out_features, routing.block_rows)
     constants |= {"CHOICES": len(out) // max(len(x), 1), "WEIGHTED": pair_weights is not None}
     grid = (triton.cdiv(out_features, constants["BLOCK_OUT"]), len(routing.block_experts))
@@ -288,7 +289,7 @@ def _linear(name: str, dtype: str, in_features: int, out_features: int, choices:
             name for name, size in (("in_features", in_features), ("out_features", out_features)) if size % 16 == 0
         ),
         num_stages=num_stages,
-        matrix=dtype == "bf16",
+        matrix=dtype != "fp32",
     )
 
 

@@ -140,12 +140,13 @@ def rope_and_cache(
 
 
 def variants(capability: int) -> list[Variant]:
-    """SmolLM2-135M, Llama-3.1-8B, a q/k norm, and a rotary part, interleaved."""
+    """SmolLM2-135M, Llama-3.1-8B, a q/k norm, a rotary part, interleaved, and GPT-2, which rotates nothing."""
     models = (
         ("9/3x64", (9, 3, 64, 64, 16, False, False)),
         ("32/8x128", (32, 8, 128, 128, 16, False, False)),
         ("32/8x128 normed", (32, 8, 128, 128, 16, False, True)),
         ("16/16x256 of which 64 interleaved", (16, 16, 256, 64, 16, True, False)),
+        ("12/12x64 of which 0", (12, 12, 64, 0, 16, False, False)),
     )
     return [
         _variant(f"{dtype} {name}{'' if form == 'plain' else f' to {form}'}", dtype, shape, form)

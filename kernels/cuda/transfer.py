@@ -16,6 +16,7 @@ from kernels.cuda.variant import Variant
 from kernels.kv_format import ELEMENTS, KvFormat
 
 _TILE = {"words": 2048, "elements": 4096}  # of a program: their loads wait together
+_POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}  # of others bytes
 _NAN = tl.constexpr(0x7FC00000)
 _STEPPING = ["source_offset", "target_offset", "num_tokens", "source_blocks", "target_blocks", "first_head"]
 
@@ -155,4 +156,4 @@ def _constants(source: KvFormat, target: KvFormat) -> dict[str, int | float | st
 
 
 def _pointer(dtype: str, words: bool) -> str:
-    return "*i32" if words else {"float32": "*fp32", "bfloat16": "*bf16"}.get(dtype, "*i8")
+    return "*i32" if words else _POINTERS.get(dtype, "*i8")

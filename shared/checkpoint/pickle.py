@@ -37,7 +37,10 @@ class PickleCheckpoint:
 def check_allowed(path: Path, allow_pickle: bool) -> None:
     """CheckpointError unless pickle may be read."""
     if not allow_pickle:
-        raise CheckpointError(f"{path} is pickle, which can run code: pass --allow-pickle if you trust its source")
+        raise CheckpointError(
+            f"{path} is pickle, which can run code: pass --allow-pickle (to init_inference: "
+            "checkpoint_config.allow_pickle) if you trust its source"
+        )
 
 
 def load_pickle(path: Path) -> object:

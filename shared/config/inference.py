@@ -65,11 +65,17 @@ def _only(value: object, why: str) -> AfterValidator:
 
 
 class CheckpointConfig(Options):
-    """Another place for three fields of InferenceConfig, which tell the same once they are read."""
+    """Another place for three fields of InferenceConfig, which tell the same once they are read; and how to read."""
 
     checkpoint_dir: str | None = Field(default=None, description="as `checkpoint`")
     save_mp_checkpoint_path: str | None = Field(default=None, description="as `save_mp_checkpoint_path`")
     base_dir: str | None = Field(default=None, description="as `base_dir`")
+    tag: str | None = Field(
+        default=None, description="which checkpoint of a training folder; by default the one that `latest` names"
+    )
+    allow_pickle: bool = Field(
+        default=False, description="read pickle too, by weights_only=True; without it only files that cannot run code"
+    )
 
 
 class InferenceConfig(Options):
@@ -255,6 +261,11 @@ class InferenceConfig(Options):
             raise ValueError(f"{section}.enabled: false, and dtype is int8; leave it out, or give another dtype")
         if self.base_dir and self.checkpoint is None:
             raise ValueError(f"base_dir: {self.base_dir!r}, and no checkpoint has its files there; name it, too")
+        if self.checkpoint_config.tag is not None and not isinstance(self.checkpoint, str):
+            raise ValueError(
+                f"checkpoint_config.tag: {self.checkpoint_config.tag!r}, and checkpoint is no folder; give the folder, "
+                "or leave it out"
+            )
         if self.set_empty_params:
             for name in ("checkpoint", "save_mp_checkpoint_path"):
                 if getattr(self, name) is not None:

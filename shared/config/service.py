@@ -52,7 +52,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 QuantizationMode = Literal["none", "int8", "int4"]
-KvDtype = Literal["auto", "float32", "bfloat16", "int8", "fp8"]
+KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 Target = Annotated[str, AfterValidator(_check_target)]
 Targets = Annotated[tuple[Target, ...], NoDecode, BeforeValidator(_split)]
 
@@ -221,7 +221,7 @@ class TandemConfig(BaseSettings):
     enable_cuda_graph: bool = Field(
         default=True, description="on cuda: decode steps are captured once and replayed; false = op by op"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto = bfloat16")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="auto = bfloat16")
     quantization: QuantizationMode = Field(
         default="none", description="integers that the linears' weights are kept as; int4 in groups of 32"
     )
@@ -275,7 +275,7 @@ class TandemConfig(BaseSettings):
             tokens = section.block_tokens
             if tokens is not None and tokens & (tokens - 1):
                 raise ValueError(f"{level}block_tokens: {tokens} is not a power of two; use 16, 32, 64 or 128")
-            if section.kv_dtype in ("float32", "bfloat16") and section.kv_dtype != self.weights_dtype:
+            if section.kv_dtype not in (None, "auto", "int8", "fp8", self.weights_dtype):
                 raise ValueError(
                     f"{level}kv_dtype: {section.kv_dtype}, and dtype is {self.weights_dtype}: keys and values that are "
                     "not int8 or fp8 are kept as they are computed; use auto, or change one of the two"

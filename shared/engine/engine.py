@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.device import in_triton
+from kernels.dtypes import DTYPES
 from kernels.sampling import How, draw
 from shared.batch import NULL_BLOCK, BatchEntry, RaggedBatch, build_batch
 from shared.checkpoint import open_checkpoint
@@ -23,7 +24,7 @@ from shared.engine.plan import EnginePlan
 from shared.graphs import GraphRunner, Launch, ReplayRunner
 from shared.kv_cache import KvCache
 from shared.models.decoder import Decoder
-from shared.models.weights import DTYPES, ModelWeights, load_weights, packing_of
+from shared.models.weights import ModelWeights, load_weights, packing_of
 from shared.packed_weights import MIN_BYTES, share_packed
 from shared.penalties import SampleRow
 from shared.workspace import Workspace
@@ -56,7 +57,7 @@ class Engine:
         tensor = None if memory is None else memory.tensor
         self.kv = KvCache(plan.layout, plan.num_blocks, memory=tensor, device=plan.device)
         self._memory = memory
-        self._decoder = Decoder(plan.architecture, weights or _load_weights(plan), deterministic=plan.deterministic)
+        self._decoder = Decoder(plan.architecture, weights or load_plan(plan), deterministic=plan.deterministic)
         self._is_observed = False
         self._in_triton = in_triton("the engine", self.kv.pool)
         self._runner = self._make_runner()
@@ -184,8 +185,11 @@ class Engine:
         return logits
 
 
-def _load_weights(plan: EnginePlan) -> ModelWeights:
-    """On a CPU from the file that the workers of this host share, made on first use. Raises CheckpointError."""
+def load_plan(plan: EnginePlan) -> ModelWeights:
+    """The weights of a plan's files, on a CPU mapped from what the workers of this host share, made on first use.
+
+    Raises CheckpointError.
+    """
     dtype = DTYPES[plan.dtype]
 
     def load() -> ModelWeights:

@@ -7,20 +7,47 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutputWithPast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shared.engine.session import Session
 
-__all__ = ["Asked", "CausalLMOutputWithPast", "KvSessionCache", "PreTrainedModel", "shell_of", "without_weights"]
+__all__ = [
+    "Asked",
+    "BaseModelOutput",
+    "BaseModelOutputWithPooling",
+    "BaseModelOutputWithPoolingAndCrossAttentions",
+    "CausalLMOutputWithPast",
+    "KvSessionCache",
+    "PreTrainedModel",
+    "UnlistedCausalLM",
+    "shell_of",
+    "without_weights",
+]
 
 
 class KvSessionCache(Cache):
@@ -100,10 +127,65 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def model_on_meta(folder: Path) -> PreTrainedModel:
-    """The causal language model of a folder's config.json, without weights."""
+class UnlistedCausalLM(PreTrainedModel, GenerationMixin):
+    """The interface of a causal language model that transformers has no class for: a shell is made of it."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+
+    @classmethod
+    def of(cls, fields: Mapping[str, object]) -> UnlistedCausalLM:
+        """fields: of its config.json."""
+        config = PreTrainedConfig()
+        for name, value in fields.items():
+            if not hasattr(type(config), name) or not isinstance(getattr(type(config), name), property):
+                setattr(config, name, value)
+        return cls(config)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        raise NotImplementedError("a shell computes by what it is given")
+
+
+def is_listed(fields: Mapping[str, object]) -> bool:
+    """Whether transformers has a causal language model for this config.json."""
+    return str(fields.get("model_type")) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def model_on_meta(folder: Path, fields: Mapping[str, object], overrides: Mapping[str, object]) -> PreTrainedModel:
+    """The causal language model of a folder's config.json without weights, of a class of transformers if it has one.
+
+    fields: what config.json says. overrides: fields of the config to be other than it says.
+    """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        if is_listed(fields):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **overrides))
+        else:
+            model = UnlistedCausalLM.of({**fields, **overrides})
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def model_from_folder(
+    folder: Path, dtype: torch.dtype, overrides: Mapping[str, object], *, allow_pickle: bool
+) -> PreTrainedModel:
+    """As transformers loads it."""
+    safetensors_alone = None if allow_pickle else True
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=safetensors_alone, **overrides)
+
+
+def encoder_from_folder(folder: Path) -> PreTrainedModel:
+    """As transformers loads it, as the class that its config.json names, or without a head."""
+    [name, *_] = getattr(AutoConfig.from_pretrained(folder), "architectures", None) or [""]
+    kind = getattr(transformers, name, AutoModel)
+    return kind.from_pretrained(folder, dtype=torch.float32)
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -112,11 +194,6 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
         fresh = type(model)(model.config)
     fresh.tie_weights()
     return fresh
-
-
-def model_from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """As transformers loads it."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 @dataclass(frozen=True)

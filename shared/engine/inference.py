@@ -51,12 +51,13 @@ class InferenceEngine(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own interface and output type."""
         self._check_alive()
-        if self._graph is None or (self._profile is not None and self._profile.layers):
-            return self.module(*args, **kwargs)
-        if self._profile is None:
-            return self._graph(*args, **kwargs)
+        # layers are seen in the module itself, not in a graph of it
+        by_graph = self._graph is not None and not (self._profile is not None and self._profile.layers)
+        called: Callable[..., Any] = self._graph if self._graph is not None and by_graph else self.module
+        if self._profile is None or (isinstance(self.module, nn.Module) and not by_graph):
+            return called(*args, **kwargs)
         with self._profile.whole():
-            return self._graph(*args, **kwargs)
+            return called(*args, **kwargs)
 
     @torch.inference_mode()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +95,8 @@ class InferenceEngine(nn.Module):
         self._check_alive()
         if self._profile is None:
             observe = self._injection.observe_layers if self._injection else None
-            self._profile = ModelProfile(self.module, observe, watches_calls=self._graph is None)
+            watches = self._graph is None and isinstance(self.module, nn.Module)
+            self._profile = ModelProfile(self.module, observe, watches_calls=watches)
         self._profile.set(use_cuda_events=use_cuda_events, layers=layers)
 
     def model_times(self) -> list[float]:
@@ -148,7 +150,9 @@ class InferenceEngine(nn.Module):
         except AttributeError:
             if name == "module" or name.startswith("__"):
                 raise
-            return getattr(super().__getattr__("module"), name)
+            # a pipeline is no nn.Module, and stands among the plain attributes
+            module = self.__dict__.get("module") or self._modules["module"]
+            return getattr(module, name)
 
     def _take_over(self, injection: Injection) -> None:
         if injection.wants_graph and not torch.cuda.is_available():

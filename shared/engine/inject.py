@@ -2,7 +2,12 @@
 
 model                          with kernel_inject               without
 causal language model          causal_lm.py                     as it is, in the dtype and on the device asked for
+encoder, with a head or two    encoder_model.py                 as it is, in the dtype and on the device asked for
 a folder                       its weights are read one by one  as transformers loads it
+a diffusers pipeline           diffusion.py                     as it is, in the dtype and on the device asked for
+
+Which policy: the one of the options, else that of the config's model_type, else one that is found by names and shapes
+and held against the model's own answers (detection.py).
 """
 
 from __future__ import annotations
@@ -15,25 +20,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.checkpoint import Checkpoint, open_any, open_checkpoint
-from shared.checkpoint.state_dict import StateDictCheckpoint
+from kernels.dtypes import DTYPES
+from shared.checkpoint import Checkpoint
+from shared.checkpoint.megatron import is_megatron
 from shared.config import InferenceConfig, QuantizationMode
 from shared.engine.causal_lm import CausalLM, Limits
-from shared.model_files import ModelFiles, find_weights, read_json
-from shared.models.weights import DTYPES, load_weights
+from shared.engine.diffusion import InjectedPipeline, is_pipeline
+from shared.engine.encoder_model import EncoderModel, encoders_of, is_encoder
+from shared.engine.given import Given, given_module, load_into
+from shared.engine.saving import linears_of, save
+from shared.model_files import read_json
+from shared.models.weights import load_weights
+from shared.policies.megatron_gpt2 import MEGATRON_GPT2
 from shared.policies.policy import Policy, UnsupportedModelError
-from shared.policies.table import policy_for
+from shared.policies.table import POLICIES, policy_for
 
 
 @dataclass
 class Injection:
     """What a model became. `close` frees what belongs to the engine."""
 
-    module: nn.Module
+    module: Any  # an nn.Module, or a pipeline
     close: Callable[[], None]
     causal_lm: CausalLM | None = None
     # has a function called after each layer, with its index, and before the first with -1; None: no more
     observe_layers: Callable[[Callable[[int], None] | None], None] | None = None
+    pipeline: InjectedPipeline | None = None
     wants_graph: bool = False  # the module's whole forward is to be captured
 
 
@@ -41,19 +53,20 @@ def inject(model: Any, config: InferenceConfig) -> Injection:
     """Raises ValueError for what config and model make impossible, before weights are read."""
     on_host = config.keep_module_on_host or not torch.cuda.is_available()
     device = "cpu" if on_host else "cuda"
-    if isinstance(model, str | Path):
-        return _folder(Path(model), config, device)
-    if not isinstance(model, nn.Module):
+    if is_pipeline(model):
+        dtype, mode = compute_dtype(config, device)
+        pipeline = InjectedPipeline(model, config, device=device, dtype=dtype, mode=mode)
+        return Injection(model, pipeline.close, pipeline=pipeline)
+    if not isinstance(model, str | Path | nn.Module):
         raise ValueError(f"model: wants a model, a folder or a pipeline, has a {type(model).__name__}")
-    _override(model, config)
-    if config.set_empty_params:
-        return Injection(model.to("meta").eval(), lambda: None)
-    if not config.replace_with_kernel_inject:
-        return _as_it_is(model, config, device)
-    policy = _policy(model, config)
-    fields = _fields(model)
-    checkpoint = open_any(config.checkpoint, base_dir=config.base_dir) if config.checkpoint else _in_memory(model)
-    return _causal_lm(model, policy, fields, checkpoint, config, device)
+    if isinstance(model, str | Path) and is_encoder(_config_json(Path(model))):
+        model = _encoder_folder(Path(model))
+    if config.replace_with_kernel_inject:
+        if isinstance(model, nn.Module) and encoders_of(model):
+            return _encoders(given_module(model, config), config, device)
+        given = _given_folder(Path(model), config) if isinstance(model, str | Path) else given_module(model, config)
+        return _causal_lm(given, config, device)
+    return _as_it_is(model, config, device)
 
 
 def compute_dtype(config: InferenceConfig, device: str) -> tuple[torch.dtype, QuantizationMode]:
@@ -66,58 +79,120 @@ def compute_dtype(config: InferenceConfig, device: str) -> tuple[torch.dtype, Qu
     return config.dtype, "none"
 
 
-def _folder(folder: Path, config: InferenceConfig, device: str) -> Injection:
-    from shared.engine.hugging_face import model_from_folder, model_on_meta
+def _given_folder(folder: Path, config: InferenceConfig) -> Given:
+    """Without its weights, unless they are needed to find a policy."""
+    from shared.engine.hugging_face import model_on_meta
 
+    written, overrides = _config_json(folder), config.config or {}
+    return Given(model_on_meta(folder, written, overrides), {**written, **overrides}, folder)
+
+
+def _config_json(folder: Path) -> dict[str, object]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"model: {folder} has no config.json: it is no folder of a model")
-    if not config.replace_with_kernel_inject:
-        return _as_it_is(model_from_folder(folder, compute_dtype(config, device)[0]), config, device)
-    model = model_on_meta(folder)
-    _override(model, config)
-    source = config.checkpoint or None
-    if source is not None:
-        checkpoint = open_any(source, base_dir=config.base_dir)
-    else:
-        checkpoint = open_checkpoint(ModelFiles(folder.name, folder, find_weights(folder), ""))
-    return _causal_lm(model, _policy(model, config), read_json(folder / "config.json"), checkpoint, config, device)
+    return read_json(folder / "config.json")
 
 
-def _fields(model: Any) -> dict[str, object]:
-    """The model's own config, as config.json has it."""
-    return model.config.to_dict()
-
-
-def _override(model: nn.Module, config: InferenceConfig) -> None:
-    """Fields of the model's own config, as the user wants them."""
-    for name, value in (config.config or {}).items():
-        setattr(model.config, name, value)
-
-
-def _policy(model: nn.Module, config: InferenceConfig) -> Policy:
+def _policy(given: Given, config: InferenceConfig) -> Policy:
     if isinstance(config.injection_policy, Policy):
         return config.injection_policy
-    if getattr(model, "config", None) is None:
+    if not given.fields:
         raise ValueError("model: has no config that says how it is made; give a Policy, or leave out kernel_inject")
-    return policy_for(_fields(model))
+    return policy_for(given.fields)
 
 
-def _in_memory(model: nn.Module) -> Checkpoint:
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("checkpoint: the model's weights are on the meta device; say where they are")
-    return StateDictCheckpoint({name: value.cpu() for name, value in model.state_dict().items()}, "the model")
+def _causal_lm(given: Given, config: InferenceConfig, device: str) -> Injection:
+    policy = _policy(given, config)
+    architecture = policy.architecture(given.fields)
+    module = _generating(given)
+    if policy.kind != "decoder" or not module.can_generate():
+        raise UnsupportedModelError("architectures", f"{type(module).__name__} is no causal language model")
+    if not config.triangular_masking:
+        raise ValueError("triangular_masking: false, and a decoder's tokens attend to no later ones; leave it out")
+    dtype, quantization = compute_dtype(config, device)
+    if config.set_empty_params:
+        return Injection(given.module.to("meta").eval(), lambda: None)
+    checkpoint = given.checkpoint(config)
+    policy = _layout(policy, checkpoint)
+    weights = load_weights(
+        architecture, checkpoint, dtype=dtype, device=device, quantization=quantization, policy=policy
+    )
+    weights.probe()
+    if config.save_mp_checkpoint_path:
+        quantized = linears_of(policy, architecture, checkpoint.names()) if quantization == "int8" else None
+        save(checkpoint, given.fields, config, dtype, quantized)
+    limits = Limits(config.max_out_tokens, config.min_out_tokens)
+    injected = CausalLM(
+        module, architecture, weights, limits, device=device, enable_cuda_graph=config.enable_cuda_graph
+    )
+    return Injection(injected.module, injected.close, injected, injected.engine.observe_layers)
 
 
-def _as_it_is(model: nn.Module, config: InferenceConfig, device: str) -> Injection:
+def _generating(given: Given) -> Any:
+    """The model, or one with its config and the interface of transformers' own, if it is a plain nn.Module."""
+    if hasattr(given.module, "can_generate"):
+        return given.module
+    from shared.engine.hugging_face import UnlistedCausalLM
+
+    return UnlistedCausalLM.of(given.fields)
+
+
+def _layout(policy: Policy, checkpoint: Checkpoint) -> Policy:
+    """Whose names the checkpoint has: the family's own, or Megatron-LM's for GPT-2."""
+    return MEGATRON_GPT2 if policy is POLICIES["gpt2"] and is_megatron(checkpoint.names()) else policy
+
+
+def _as_it_is(model: nn.Module | str | Path, config: InferenceConfig, device: str) -> Injection:
     dtype, mode = compute_dtype(config, device)
     if mode != "none":
         raise ValueError("dtype: int8 quantizes the engine's linears; set kernel_inject, or use another dtype")
+    if isinstance(config.injection_policy, Policy):
+        raise ValueError("injection_policy: a Policy is for fused layers; set kernel_inject, or leave it out")
+    given = _loaded_folder(Path(model), config, dtype) if isinstance(model, str | Path) else given_module(model, config)
     if isinstance(config.injection_policy, dict):
-        _check_suffixes(model, config.injection_policy)
-    model.eval().to(dtype)
-    if not config.keep_module_on_host:
-        model.to(device)
-    return Injection(model, lambda: None, wants_graph=config.enable_cuda_graph)
+        _check_suffixes(given.module, config.injection_policy)
+    module = given.module
+    if config.set_empty_params:
+        return Injection(module.to("meta").eval(), lambda: None)
+    if given.is_meta:
+        module = _in_memory(given, config)
+    family = POLICIES.get(str(given.fields.get("model_type")))
+    if config.checkpoint is not None:
+        load_into(module, given.checkpoint(config), family.ignored if family else ())
+    module.eval().to(dtype)
+    if config.save_mp_checkpoint_path:
+        save(Given(module, given.fields).checkpoint(InferenceConfig()), given.fields, config, dtype)
+    return Injection(module.to(device), lambda: None, wants_graph=config.enable_cuda_graph)
+
+
+def _loaded_folder(folder: Path, config: InferenceConfig, dtype: torch.dtype) -> Given:
+    """As transformers loads it; on the meta device where a checkpoint has the weights."""
+    from shared.engine.hugging_face import is_listed, model_from_folder
+
+    written = _config_json(folder)
+    if not is_listed(written):
+        raise UnsupportedModelError(
+            "model_type", f"transformers has no class for {written.get('model_type')!r}; give the model itself"
+        )
+    if config.checkpoint is not None or config.set_empty_params:
+        return _given_folder(folder, config)
+    allow_pickle = config.checkpoint_config.allow_pickle
+    module = model_from_folder(folder, dtype, config.config or {}, allow_pickle=allow_pickle)
+    return Given(module, written, folder)
+
+
+def _in_memory(given: Given, config: InferenceConfig) -> nn.Module:
+    """A model that is on the meta device, its parameters still to be read."""
+    from shared.engine.hugging_face import PreTrainedModel, without_weights
+
+    if config.checkpoint is None:
+        raise ValueError("checkpoint: the model's weights are on the meta device; say where they are")
+    if not isinstance(given.module, PreTrainedModel):
+        raise ValueError(
+            f"model: {type(given.module).__name__} is on the meta device, and how it is made anew is not known; give "
+            "it in memory, or set kernel_inject"
+        )
+    return without_weights(given.module)
 
 
 def _check_suffixes(model: nn.Module, policy: dict[type[nn.Module], tuple[str, ...]]) -> None:
@@ -128,24 +203,13 @@ def _check_suffixes(model: nn.Module, policy: dict[type[nn.Module], tuple[str, .
                 raise ValueError(f"Injection policy layer'{suffix}' not valid.")
 
 
-def _causal_lm(
-    model: nn.Module,
-    policy: Policy,
-    fields: dict[str, object],
-    checkpoint: Checkpoint,
-    config: InferenceConfig,
-    device: str,
-) -> Injection:
-    architecture = policy.architecture(fields)
-    if policy.kind != "decoder" or not getattr(model, "can_generate", lambda: False)():
-        raise UnsupportedModelError("architectures", f"{type(model).__name__} is no causal language model")
-    if not config.triangular_masking:
-        raise ValueError("triangular_masking: false, and a decoder's tokens attend to no later ones; leave it out")
-    dtype, quantization = compute_dtype(config, device)
-    weights = load_weights(
-        architecture, checkpoint, dtype=dtype, device=device, quantization=quantization, policy=policy
-    )
-    weights.probe()
-    limits = Limits(config.max_out_tokens, config.min_out_tokens)
-    injected = CausalLM(model, architecture, weights, limits, device=device, enable_cuda_graph=config.enable_cuda_graph)
-    return Injection(injected.module, injected.close, injected, injected.engine.observe_layers)
+def _encoder_folder(folder: Path) -> nn.Module:
+    from shared.engine.hugging_face import encoder_from_folder
+
+    return encoder_from_folder(folder)
+
+
+def _encoders(given: Given, config: InferenceConfig, device: str) -> Injection:
+    checkpoint = given.checkpoint(config) if config.checkpoint else None
+    injected = EncoderModel(given.module, checkpoint, *compute_dtype(config, device), device)
+    return Injection(injected.module, injected.close, wants_graph=config.enable_cuda_graph)

@@ -129,7 +129,8 @@ class ModelProfile:
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
     """The layers: of all lists of modules the longest. Raises ValueError where there is none."""
-    lists = [list(part) for part in module.modules() if isinstance(part, nn.ModuleList)]
+    parts = module.modules() if isinstance(module, nn.Module) else ()  # a pipeline is none
+    lists = [list(part) for part in parts if isinstance(part, nn.ModuleList)]
     longest = max(lists, key=len, default=[])
     if not longest:
         raise ValueError(f"layers: {type(module).__name__} has no ModuleList, whose modules would be its layers")

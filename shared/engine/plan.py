@@ -12,7 +12,9 @@ from shared.config import ConfigError, DecodeConfig, PrefillConfig, Quantization
 from shared.kv_cache import KvLayout
 from shared.model_files import ModelFiles, read_json
 from shared.models.architecture import Architecture
-from shared.policies.table import architecture_of
+from shared.policies.policy import UnsupportedModelError
+from shared.policies.table import policy_for
+from shared.pooling import Pooling
 
 
 @dataclass(frozen=True)
@@ -34,22 +36,30 @@ class EnginePlan:
     enable_cuda_graph: bool
     eos_token_ids: tuple[int, ...]
     allow_pickle: bool
+    pooling: Pooling | None = None  # of a model that embeds; it has no pool but the null block
 
     @classmethod
     def of(cls, config: TandemConfig, section: PrefillConfig | DecodeConfig, files: ModelFiles) -> EnginePlan:
         """section: of the role. Raises ModelError for a model that cannot be served, ConfigError for limits."""
-        architecture = architecture_of(files.config)
+        policy = policy_for(files.config)
+        architecture = policy.architecture(files.config)
+        pooling = Pooling.load(files.folder) if policy.kind == "encoder" else None
+        if pooling is not None:
+            _check_embeds(architecture, section)
         layout = KvLayout.of(
             architecture,
             files.digest_as(config.quantization),
             config.kv_dtype_of(section),
             config.block_tokens_of(section),
         )
-        max_context = config.max_context or architecture.max_context
+        own = pooling.max_tokens if pooling and pooling.max_tokens else architecture.max_context
+        max_context = config.max_context or min(own, architecture.max_context)
         if max_context > architecture.max_context:
             raise ConfigError(f"max_context: {max_context} exceeds the model's own, {architecture.max_context}")
         num_blocks = section.num_blocks or (section.kv_memory_mib << 20) // layout.block_bytes
-        if num_blocks < 2:
+        if pooling is not None:
+            num_blocks = 1
+        elif num_blocks < 2:
             raise ConfigError(
                 f"kv_memory_mib: a pool of {num_blocks} blocks of {layout.block_bytes} bytes is too small; raise it"
             )
@@ -70,6 +80,7 @@ class EnginePlan:
             enable_cuda_graph=config.enable_cuda_graph and isinstance(section, DecodeConfig),
             eos_token_ids=_eos_token_ids(files),
             allow_pickle=config.allow_pickle,
+            pooling=pooling,
         )
 
     @property
@@ -89,6 +100,14 @@ def _batch_tokens(section: PrefillConfig | DecodeConfig) -> int:
     if isinstance(section, DecodeConfig):
         return section.chunk_tokens + section.max_running
     return section.batch_tokens
+
+
+def _check_embeds(architecture: Architecture, section: PrefillConfig | DecodeConfig) -> None:
+    """Raises UnsupportedModelError for an encoder that is not served, ConfigError for a worker that has no work."""
+    if architecture.patches or architecture.causal:
+        raise UnsupportedModelError("model_type", f"{architecture.family!r} is not served; init_inference takes it")
+    if isinstance(section, DecodeConfig):
+        raise ConfigError("model: it embeds texts, which prefill workers do alone; start no decode worker for it")
 
 
 def _device(wanted: str) -> str:

@@ -64,6 +64,24 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Patches:
+    """Of an image: squares of `size` pixels each way, of one of `image_size` each way with so many channels."""
+
+    image_size: int
+    size: int
+    channels: int
+
+    @property
+    def count(self) -> int:
+        return (self.image_size // self.size) ** 2
+
+    @property
+    def values(self) -> int:
+        """Of one patch."""
+        return self.channels * self.size**2
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One entry per layer: `ropes` (None: the layer does not turn) and `sliding_window` (how many tokens a query sees,
     itself included; None: all). `max_context` in tokens.
@@ -75,6 +93,7 @@ class Architecture:
 
     alibi_slopes: one for each head. num_positions: rows of the table of learned positions, position p being row p +
     position_offset. causal: a token sees itself and those before it; otherwise all of its sequence, without a cache.
+    patches: what an image is made of, behind a class token, the only one of its vocabulary.
     scales multiply: the embedding, each sub-layer's output, the logits; logit_cap as kernels/scale.py has it.
     """
 
@@ -121,7 +140,7 @@ class Architecture:
     logit_scale: float = 1.0
     logit_cap: float | None = None
     experts: Experts | None = None
-    pooler: bool = False
+    patches: Patches | None = None
 
     @property
     def qkv_size(self) -> int:

@@ -29,8 +29,8 @@ def model_shapes(a: Architecture) -> Shapes:
             shapes["lm_head.weight"] = (a.vocab_size, a.hidden_size)
         if a.lm_head_bias:
             shapes["lm_head.bias"] = (a.vocab_size,)
-    if a.pooler:
-        shapes |= {"pooler.weight": (a.hidden_size, a.hidden_size), "pooler.bias": (a.hidden_size,)}
+    if a.patches:
+        shapes["patches.weight"] = (a.hidden_size, a.patches.values)
     return shapes
 
 

@@ -21,13 +21,11 @@ from shared.policies.names import Source, choose
 from shared.policies.policy import Policy
 from shared.policies.table import POLICIES
 
-# what weights and activations may be
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Input features that share a scale and an offset, as in GGUF's Q4_1, of which the default model's file is made. Groups
 # of 64 without offsets read a quarter less, and raised that model's perplexity by 40%.
 _INT4_GROUP, _INT4_GROUP_LEAST = 32, 8
 _TABLES = ("embedding", "positions", "token_types")  # read row by row
-_PLAIN_LINEARS = ("router", "shared_gate", "pooler")  # never quantized
+_PLAIN_LINEARS = ("router", "shared_gate", "patches")  # never quantized
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class ModelWeights:
     embedding_norm: Norm | None = None
     final_norm: Norm | None = None
     lm_head: LinearWeight | None = None  # [vocab, hidden]
-    pooler: LinearWeight | None = None
+    patches: LinearWeight | None = None
 
     def probe(self) -> None:
         """RuntimeError if this CPU's matmuls cannot keep a row's bits free of the rows beside it."""
@@ -289,6 +287,8 @@ class _Loader:
             if source.how == "columns":
                 placed = [tensor.T if tensor.dim() == 2 else tensor for tensor in placed]
             joined = placed[0] if len(placed) == 1 else torch.cat(placed)
+            if source.how == "shaped" and joined.numel() == math.prod(shape):
+                joined = joined.reshape(shape)
         self._check_shape(source.names, joined.shape, shape)
         return (self._ungrouped(joined) if source.how == "grouped" else joined).contiguous()
 

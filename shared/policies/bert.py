@@ -57,7 +57,6 @@ BERT = Policy(
         "positions": rows(_EMBEDDINGS + "position_embeddings.weight"),
         "token_types": rows(_EMBEDDINGS + "token_type_embeddings.weight"),
         **affine("embedding_norm", _EMBEDDINGS + "LayerNorm"),
-        **affine("pooler", "bert.pooler.dense"),
         "qkv.weight": rows(*(f"{_ATTENTION}self.{part}.weight" for part in ("query", "key", "value"))),
         "qkv.bias": rows(*(f"{_ATTENTION}self.{part}.bias" for part in ("query", "key", "value"))),
         **affine("output", _ATTENTION + "output.dense"),

@@ -5,6 +5,7 @@
     grouped("query_key_value.weight")          fused by key-value head: its queries, its key, its value; then the next
     product("embed.weight", "project.weight")  their matrix product, float32: the second [hidden, width] lifts the first
     stacked("experts.gate_up_proj")            [experts, out, in] in one tensor
+    shaped("patch_embedding.weight")           as many values in the same order, under other dimensions
     either(rows("a"), rows("b"))               the first whose names are all there
 
 `{layer}` and `{expert}` in a name are their numbers; a name with `{head}` stands for those of all heads, in order.
@@ -12,11 +13,13 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-How = Literal["rows", "columns", "grouped", "product", "lifted", "stacked"]
+How = Literal["rows", "columns", "grouped", "product", "lifted", "stacked", "shaped"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ def stacked(name: str) -> tuple[Source, ...]:
     return (Source((name,), "stacked"),)
 
 
+def shaped(name: str) -> tuple[Source, ...]:
+    return (Source((name,), "shaped"),)
+
+
 def either(*alternatives: tuple[Source, ...]) -> tuple[Source, ...]:
     return tuple(source for sources in alternatives for source in sources)
 
@@ -85,5 +92,11 @@ def choose(sources: tuple[Source, ...], present: Collection[str]) -> Source:
 def _is_there(name: str, present: Collection[str]) -> bool:
     if "{" not in name:
         return name in present
-    start, end = name[: name.index("{")], name[name.rindex("}") + 1 :]
-    return any(one.startswith(start) and one.endswith(end) for one in present)
+    numbered = _pattern(name)
+    return any(numbered.fullmatch(one) for one in present)
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern[str]:
+    """With any number in the place of each."""
+    return re.compile(re.sub(r"\\{\w+\\}", r"\\d+", re.escape(name)))

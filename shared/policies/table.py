@@ -3,6 +3,7 @@
 from shared.models.architecture import Architecture
 from shared.policies.bert import BERT, ROBERTA
 from shared.policies.bloom import BLOOM
+from shared.policies.clip import CLIP_TEXT, CLIP_VISION
 from shared.policies.distilbert import DISTILBERT
 from shared.policies.falcon import FALCON
 from shared.policies.gemma import GEMMA
@@ -30,8 +31,9 @@ from shared.policies.qwen3_moe import QWEN3_MOE
 from shared.policies.stablelm import STABLELM
 
 _ALL = (
-    BERT, BLOOM, DISTILBERT, FALCON, GEMMA, GEMMA2, GEMMA3, GPT2, GPT_NEO, GPT_NEOX, GPTJ, GRANITE, LLAMA, MISTRAL,
-    MIXTRAL, MPT, OLMO2, OPT, PHI, PHI3, QWEN, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, ROBERTA, STABLELM,
+    BERT, BLOOM, CLIP_TEXT, CLIP_VISION, DISTILBERT, FALCON, GEMMA, GEMMA2, GEMMA3, GPT2, GPT_NEO, GPT_NEOX, GPTJ,
+    GRANITE, LLAMA, MISTRAL, MIXTRAL, MPT, OLMO2, OPT, PHI, PHI3, QWEN, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, ROBERTA,
+    STABLELM,
 )  # fmt: skip
 POLICIES = {policy.family: policy for policy in _ALL}
 
@@ -43,6 +45,12 @@ def policy_for(config: Config) -> Policy:
     if policy is None:
         raise UnsupportedModelError("model_type", f"{model_type!r} is none of {', '.join(sorted(POLICIES))}")
     return policy
+
+
+def embeds(config: Config) -> bool:
+    """Whether a model of this config.json answers vectors; one of a family that is not known answers tokens."""
+    policy = POLICIES.get(str(config.get("model_type")))
+    return policy is not None and policy.kind == "encoder"
 
 
 def architecture_of(config: Config) -> Architecture:

@@ -24,10 +24,17 @@ def on(request: pytest.FixtureRequest) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Interpreted, float32 is for `make test-slow`: there a kernel is the bfloat16 one without its roundings."""
+    """Interpreted, float32 is for `make test-slow`: there a kernel is the bfloat16 one without its roundings. So is
+    float16, which differs in its roundings alone, but for the first test of a file."""
+    seen: set[Path] = set()
     for item in items:
         callspec = getattr(item, "callspec", None)
-        if Path(__file__).parent in item.path.parents and callspec is not None:
-            interpreted = any("interpreted" in str(part) for part in callspec.id.split("-"))
-            if interpreted and torch.float32 in callspec.params.values():
-                item.add_marker(pytest.mark.slow)
+        if Path(__file__).parent not in item.path.parents or callspec is None:
+            continue
+        if not any("interpreted" in str(part) for part in callspec.id.split("-")):
+            continue
+        dtypes = callspec.params.values()
+        if torch.float32 in dtypes or (torch.float16 in dtypes and item.path in seen):
+            item.add_marker(pytest.mark.slow)
+        elif torch.float16 in dtypes:
+            seen.add(item.path)

@@ -9,8 +9,10 @@ from kernels.activation import activate, activate_reference, gated, gated_refere
 from kernels.cpu import library
 
 KINDS = pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu", "relu", "quick_gelu"])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 8e-3}
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @KINDS

@@ -8,7 +8,9 @@ import torch
 from kernels.add import add, add_reference
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (5, 64), (40, 577), (0, 8)])
 def test_matches_the_reference(on: str, rows: int, width: int, dtype: torch.dtype) -> None:
     x, residual = torch.randn(2, rows, width).to(on, dtype)
@@ -26,4 +28,4 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"out must be contiguous torch\.float32 \[3, 8\]"):
         add(x, x, out=torch.empty(3, 9))
     with pytest.raises(ValueError, match="x must be contiguous"):
-        add(x.half(), x)
+        add(x.double(), x)

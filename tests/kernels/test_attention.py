@@ -12,13 +12,15 @@ from kernels.attention import attention_workspace, paged_attention, paged_attent
 from kernels.cpu import library
 from kernels.kv_format import GREATEST, KvFormat, KvPlanes, quantize_rows
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 FORMS = pytest.mark.parametrize("form", GREATEST)
 BENT = pytest.mark.parametrize(
     ("slopes", "soft_cap", "window"),
     [(True, None, None), (True, None, 30), (False, 5.0, None), (False, 5.0, 30), (True, 5.0, 30)],
 )
-TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @dataclass
@@ -545,7 +547,7 @@ def test_broken_contracts_are_refused() -> None:
 
     run()
     for message, change in {
-        "share float32 or bfloat16": {"q": q.bfloat16()},
+        "share float32, bfloat16 or float16": {"q": q.bfloat16()},
         "q must be contiguous": {"q": q.transpose(0, 1).contiguous().transpose(0, 1)},
         "multiple of 8": {"q": q[..., :12].contiguous()},
         "does not fit": {"q": q[:, :8].contiguous()},

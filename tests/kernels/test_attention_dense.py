@@ -11,8 +11,10 @@ from torch import Tensor
 from kernels.attention import dense_attention, paged_attention, paged_attention_reference
 from kernels.kv_format import KvFormat, KvPlanes, quantize_rows
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def ends(lengths: list[int], device: str) -> Tensor:
@@ -208,7 +210,7 @@ def test_broken_contracts_name_the_tensor() -> None:
         (ValueError, r"v must be \[6, 2, 16\]", {"v": v[:5]}),
         (ValueError, "k must be .* last dimension contiguous", {"k": k.transpose(1, 2).contiguous().transpose(1, 2)}),
         (ValueError, "kv_heads divide heads", {"q": q[:, :3]}),
-        (ValueError, "share float32 or bfloat16", {"q": q.half(), "k": k.half(), "v": v.half()}),
+        (ValueError, "share float32, bfloat16 or float16", {"q": q.double(), "k": k.double(), "v": v.double()}),
         (ValueError, r"cu_seqlens_q must be int32 \[seqs \+ 1\]", {"cu_seqlens_q": cu_seqlens.long()}),
         (ValueError, r"cu_seqlens_k must be int32 \[seqs \+ 1\]", {"cu_seqlens_k": cu_seqlens[:2]}),
         (ValueError, "out must be", {"out": torch.empty(3)}),

@@ -11,12 +11,14 @@ from torch import Tensor
 from kernels.cpu.library import record
 from kernels.embedding import embed, embed_reference
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 PARTS = pytest.mark.parametrize("parts", ["", "positions", "types", "positions types"])
 TRITON = pytest.mark.parametrize(
     "on", ["triton, interpreted", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True
 )
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def inputs(on: str, rows: int, width: int, parts: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -147,7 +149,7 @@ def test_broken_contracts_are_refused() -> None:
     table, token_ids, positions = torch.zeros(4, 3), torch.tensor([0, 1]), torch.tensor([0, 1], dtype=torch.int32)
     with pytest.raises(ValueError, match="table must be"):
         embed(table.T, token_ids)
-    with pytest.raises(ValueError, match="table must be contiguous float32 or bfloat16"):
+    with pytest.raises(ValueError, match="table must be contiguous float32, bfloat16 or float16"):
         embed(table.double(), token_ids)
     with pytest.raises(ValueError, match="token_ids must be"):
         embed(table, token_ids.int())

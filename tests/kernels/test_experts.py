@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import linear as linears
-from kernels.activation import gated_silu
+from kernels.activation import gated
 from kernels.cpu.library import record
 from kernels.experts import ExpertWeights
 from kernels.linear import LinearWeight, has_pairs, linear
@@ -25,7 +25,9 @@ from kernels.moe import (
 )
 from kernels.quantization import Integers, Quantization, quantize
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 HOW = (
     None,
     Quantization(8),
@@ -192,7 +194,7 @@ def test_a_layer_is_replayed_on_the_inputs_of_the_moment(how: Quantization | Non
     def run() -> None:
         top_k_gating(logits, k, renormalize=True, weights_out=weights, experts_out=experts)
         routing = route(experts, num_experts, out=memory)
-        gated_silu(grouped_linear(x, first, routing, out=inner), out=active)
+        gated(grouped_linear(x, first, routing, out=inner), "silu", out=active)
         grouped_linear(active, second, routing, pair_weights=weights, out=y)
         combine(y, k, shared=x, shared_gate=gate, out=out)
 
@@ -276,7 +278,7 @@ def test_broken_contracts_are_refused() -> None:
     for other in (weight[:7], weight[:, :15], weight.bfloat16()):
         with pytest.raises(ValueError, match="must be alike, up to expert 1"):
             ExpertWeights([weight, other], 2)
-    with pytest.raises(ValueError, match="weight must be float32 or bfloat16"):
+    with pytest.raises(ValueError, match="weight must be float32, bfloat16 or float16"):
         ExpertWeights([weight.double()], 1)
     with pytest.raises(ValueError, match="cannot be cut into groups of 24"):
         ExpertWeights([weight], 1, Quantization(4, 24))

@@ -8,12 +8,14 @@ import torch
 from kernels.cpu.library import record
 from kernels.group_norm import group_norm, group_norm_reference
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 SILU = pytest.mark.parametrize("silu", [False, True], ids=["alone", "silu"])
 # batch, channels, positions, groups
 SHAPES = [(1, 6, 1, 2), (2, 6, 7, 3), (1, 12, 100, 2), (1, 10, 1025, 2), (1, 2, 9001, 1)]
 LARGE = [(2, 320, 4096, 32), (1, 1280, 1024, 32), (1, 128, 512 * 512, 32)]
-TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 8e-3}
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def check(on: str, shape: tuple[int, int, int, int], dtype: torch.dtype, weight_dtype: torch.dtype, silu: bool) -> None:
@@ -101,7 +103,7 @@ def test_broken_contracts_are_refused() -> None:
     x, weight, bias = torch.randn(2, 6, 5), torch.ones(6), torch.zeros(6)
     with pytest.raises(ValueError, match="x must be contiguous"):
         group_norm(x.transpose(1, 2), 3, weight, bias, 1e-5)
-    with pytest.raises(ValueError, match="x must be contiguous float32 or bfloat16"):
+    with pytest.raises(ValueError, match="x must be contiguous float32, bfloat16 or float16"):
         group_norm(x[0], 3, weight, bias, 1e-5)
     for groups in (0, 4, -2):
         with pytest.raises(ValueError, match=f"groups must divide x's 6 channels, got {groups}"):

@@ -13,12 +13,14 @@ from kernels.head_norm import head_norm, head_norm_reference
 from kernels.layer_norm import layer_norm
 from kernels.rms_norm import rms_norm
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 KINDS = pytest.mark.parametrize("kind", ["rms", "layer", "layer biased"])
 OWN = pytest.mark.parametrize("own", [False, True], ids=["shared", "of each"])
 # rows, total, first, heads, width
 SHAPES = [(1, 1, 0, 1, 1), (3, 50, 5, 3, 7), (2, 700, 60, 1, 576), (2, 1300, 11, 9, 130)]
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3}
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def inputs(on: str, kind: str, own: bool, heads: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def test_broken_contracts_are_refused() -> None:
         head_norm(x, weight, None, 1e-5, **given | {"kind": "batch"})
     with pytest.raises(ValueError, match="bias must be None for kind 'rms'"):
         head_norm(x, weight, weight, 1e-5, **given)
-    with pytest.raises(ValueError, match="x must be contiguous float32 or bfloat16"):
+    with pytest.raises(ValueError, match="x must be contiguous float32, bfloat16 or float16"):
         head_norm(x.t(), weight, None, 1e-5, **given)
     for wrong in ({"first": 9}, {"first": -1}, {"num_heads": 0}, {"width": 0}):
         with pytest.raises(ValueError, match="must be heads within x's 32 columns"):

@@ -10,7 +10,7 @@ def test_elements_and_scales_fill_a_block_and_share_no_byte(dtype):
     pool = torch.zeros(5, form.block_bytes, dtype=torch.uint8)
     form.elements(pool).view(torch.uint8).add_(1)
     scales = form.scales(pool)
-    assert (scales is None) == (dtype in ("float32", "bfloat16")) == (not form.quantized)
+    assert (scales is None) == (dtype not in ("int8", "fp8")) == (not form.quantized)
     if scales is not None:
         assert scales.shape == (5, 2, 2, 3, 4)
         scales.copy_(torch.full(scales.shape, 0x01010101, dtype=torch.int32).view(torch.float32))
@@ -38,5 +38,5 @@ def test_rows_are_rounded_to_the_nearest(dtype):
 
 
 def test_a_dtype_that_no_block_has_is_refused():
-    with pytest.raises(ValueError, match="'float16' is none of float32, bfloat16, int8, fp8"):
-        KvFormat("float16", 1, 1, 8, 16)
+    with pytest.raises(ValueError, match="'float64' is none of float32, bfloat16, float16, int8, fp8"):
+        KvFormat("float64", 1, 1, 8, 16)

@@ -12,7 +12,9 @@ from kernels import linear as module
 from kernels.linear import LinearWeight, has_pairs, linear, linear_reference, probe_row_invariance
 from tests.kernels.rows import assert_rows_keep_their_bits
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 SHAPES = pytest.mark.parametrize(
     ("outputs", "inputs"), [(576, 576), (960, 576), (576, 1536), (33, 71), (1, 8), (1000, 64)]
 )
@@ -35,7 +37,7 @@ def test_matches_the_reference(outputs: int, inputs: int, bias: bool, dtype: tor
     assert y.dtype == dtype
     assert y.shape == (19, outputs)
     expected = linear_reference(x.double(), weight.double(), None if offset is None else offset.double())
-    tolerance = 5e-6 if dtype == torch.float32 else 1.6e-2
+    tolerance = {torch.float32: 5e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(y.double(), expected, atol=tolerance, rtol=tolerance)
 
 

@@ -16,7 +16,9 @@ from kernels.linear import (
 from kernels.quantization import Quantization
 from tests.kernels.rows import assert_rows_keep_their_bits
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 BITS = pytest.mark.parametrize("bits", [8, 4], ids=["int8", "int4"])
 KINDS = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "offsets"])
 # None = per row; 288 = longer than a block of sums and no multiple of it; 71, 9 and 1 are no whole words of int4

@@ -27,7 +27,9 @@ FORMS = pytest.mark.parametrize(
     ],
     ids=lambda how: "plain" if how is None else f"{how.form} {how.group} {how.symmetric} {how.dynamic}",
 )
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 # the last two are summed in ranges; none of the others is a whole number of tiles
 SHAPES = pytest.mark.parametrize(
     ("outputs", "inputs", "counts"),

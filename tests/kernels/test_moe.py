@@ -23,7 +23,9 @@ from kernels.moe import (
     top_k_gating_reference,
 )
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 CASES = pytest.mark.parametrize(
     ("tokens", "num_experts", "k"),
     [
@@ -35,7 +37,7 @@ CASES = pytest.mark.parametrize(
         *(pytest.param(130, n, k, marks=pytest.mark.slow) for n, k in ((4, 1), (8, 2), (8, 8), (60, 4), (60, 8))),
     ],
 )
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def random_experts(tokens: int, num_experts: int, k: int) -> Tensor:
@@ -382,7 +384,7 @@ def test_a_graph_routes_again() -> None:
 
 def test_broken_contracts_are_refused() -> None:
     logits = torch.randn(4, 8)
-    with pytest.raises(ValueError, match="logits must be contiguous float32 or bfloat16"):
+    with pytest.raises(ValueError, match="logits must be contiguous float32, bfloat16 or float16"):
         top_k_gating(logits.double(), 2, renormalize=True)
     with pytest.raises(ValueError, match="logits must be contiguous"):
         top_k_gating(logits.t(), 2, renormalize=True)
@@ -411,7 +413,7 @@ def test_broken_contracts_are_refused() -> None:
 
     routing, x, plain = route(experts, 8), torch.randn(4, 16), torch.randn(8, 24, 16)
     weight = packed(plain)
-    with pytest.raises(ValueError, match="x must be contiguous float32 or bfloat16 \\[4 or 8, in_features\\]"):
+    with pytest.raises(ValueError, match="x must be contiguous float32, bfloat16 or float16 \\[4 or 8, in_features\\]"):
         grouped_linear(x[:3], weight, routing)
     with pytest.raises(ValueError, match="weight must be"):
         grouped_linear(x, packed(plain.bfloat16()), routing)
@@ -435,7 +437,9 @@ def test_broken_contracts_are_refused() -> None:
         combine(y, 2, out=torch.empty(8, 24))
     with pytest.raises(ValueError, match="shared must be"):
         combine(y, 2, shared=torch.empty(8, 24))
-    with pytest.raises(ValueError, match=r"shared_gate must be contiguous torch.float32 or torch.bfloat16 \[4, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"shared_gate must be contiguous torch.float32 or torch.bfloat16 or torch.float16 \[4, 1\]"
+    ):
         combine(y, 2, shared=torch.empty(4, 24), shared_gate=torch.empty(4))
     with pytest.raises(ValueError, match="shared_gate is of shared"):
         combine(y, 2, shared_gate=torch.empty(4, 1))

@@ -7,8 +7,10 @@ import torch
 
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @DTYPES
@@ -75,7 +77,7 @@ def test_broken_contracts_are_refused() -> None:
     x, weight = torch.randn(4, 16), torch.randn(16)
     with pytest.raises(ValueError, match="x must be contiguous"):
         rms_norm(x.t(), weight, 1e-5)
-    with pytest.raises(ValueError, match="x must be contiguous float32 or bfloat16"):
+    with pytest.raises(ValueError, match="x must be contiguous float32, bfloat16 or float16"):
         rms_norm(x.double(), weight, 1e-5)
     with pytest.raises(ValueError, match="weight must be"):
         rms_norm(x, weight[:8], 1e-5)

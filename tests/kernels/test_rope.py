@@ -11,14 +11,16 @@ from kernels.kv_format import GREATEST, KvFormat, KvPlanes, quantize_rows
 from kernels.rope import rope_and_cache, rope_and_cache_reference
 
 BLOCK_TOKENS, BLOCKS = 16, 40
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 TRITON = pytest.mark.parametrize(
     "on", ["triton, interpreted", pytest.param("triton", marks=pytest.mark.gpu)], indirect=True
 )
 
 
 def make_cos_sin(rotary: int, positions: int = 512) -> Tensor:
-    frequencies = 10000.0 ** (-torch.arange(0, rotary, 2, dtype=torch.float64) / rotary)
+    frequencies = 10000.0 ** (-torch.arange(0, rotary, 2, dtype=torch.float64) / max(rotary, 1))
     angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], 1).float()
 
@@ -47,6 +49,7 @@ def tensors(cache: KvPlanes) -> list[Tensor]:
         (3, 2, 1, 24, 6),
         (2, 2, 5, 40, 26),
         (2, 3, 1, 256, 256),
+        (3, 4, 2, 40, 0),
     ],
 )
 def test_matches_the_reference(
@@ -84,7 +87,7 @@ def test_matches_the_reference(
         qkv.double(), cos_sin.double(), positions, slots, wide, heads, kv_heads, wide_q_norm, wide_k_norm, 1e-6,
         interleaved=interleaved,
     )  # fmt: skip
-    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     torch.testing.assert_close(q.double(), expected, atol=tolerance, rtol=tolerance)
     # equal_nan: every other slot still holds its poison
     torch.testing.assert_close(cache.keys.double(), wide.keys, atol=tolerance, rtol=tolerance, equal_nan=True)
@@ -100,6 +103,7 @@ def test_matches_the_reference(
         (4, 5, 40, 26, True, True),
         (2, 1, 24, 6, False, True),
         (4, 2, 128, 128, False, True),
+        (3, 1, 80, 0, False, False),
     ],
 )
 def test_a_quantized_cache_has_what_a_plain_one_would_have_quantized(
@@ -173,6 +177,20 @@ def test_interleaved_is_rotate_half_of_reordered_dimensions(on: str) -> None:
     halves = rope_and_cache(qkv[..., order].flatten(1), cos_sin, positions, slots, reordered, 1, 1)
     assert torch.equal(q[..., order], halves)
     assert torch.equal(cache.keys[..., order].nan_to_num(), reordered.keys.nan_to_num())
+
+
+@DTYPES
+def test_without_rotation_q_k_and_v_are_copied(on: str, dtype: torch.dtype) -> None:
+    qkv = torch.randn(3, 5, 40).to(on, dtype)
+    cos_sin = torch.empty(64, 0, device=on)
+    positions, slots = torch.tensor([5, 0, 63], dtype=torch.int32).to(on), torch.tensor([16, 17, 90]).to(on)
+    cache = make_cache(1, 40, dtype, on)
+    q = rope_and_cache(qkv.flatten(1), cos_sin, positions, slots, cache, 3, 1)
+    assert torch.equal(q, qkv[:, :3])
+    written = (slots // BLOCK_TOKENS, slice(None), slots % BLOCK_TOKENS)
+    assert torch.equal(cache.keys[written], qkv[:, 3:4])
+    assert torch.equal(cache.values[written], qkv[:, 4:])
+    assert cache.keys.isfinite().sum() == cache.values.isfinite().sum() == 3 * 40
 
 
 def test_caches_may_have_strides_of_their_own(on: str) -> None:
@@ -265,7 +283,7 @@ def test_broken_contracts_are_refused() -> None:
     for error, message, change in (
         (ValueError, "qkv must be contiguous", {"num_heads": 2}),
         (ValueError, "must have 2 heads", {"num_kv_heads": 2}),
-        (ValueError, "share float32 or bfloat16", {"qkv": torch.zeros(2, 24).bfloat16()}),
+        (ValueError, "share float32, bfloat16 or float16", {"qkv": torch.zeros(2, 24).bfloat16()}),
         (ValueError, "cos_sin must be", {"cos_sin": make_cos_sin(8).double()}),
         (ValueError, "positions must be", {"positions": torch.zeros(2, dtype=torch.int64)}),
         (ValueError, "slots must be", {"slots": torch.zeros(3, dtype=torch.int64)}),

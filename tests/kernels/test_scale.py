@@ -10,13 +10,15 @@ import torch
 from kernels.cpu.library import record
 from kernels.scale import scale, scale_reference
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 PARTS = pytest.mark.parametrize(
     "parts",
     [{}, {"soft_cap": 3.0}, {"clip": 2.5}, {"soft_cap": 3.0, "clip": 2.5}],
     ids=["scaled", "capped", "clipped", "capped and clipped"],
 )
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
 @DTYPES
@@ -95,7 +97,7 @@ def test_broken_contracts_are_refused() -> None:
     x = torch.randn(4, 16)
     with pytest.raises(ValueError, match="x must be contiguous"):
         scale(x.t())
-    with pytest.raises(ValueError, match="x must be contiguous float32 or bfloat16"):
+    with pytest.raises(ValueError, match="x must be contiguous float32, bfloat16 or float16"):
         scale(x.double())
     with pytest.raises(ValueError, match="out must be"):
         scale(x, out=x[:2])

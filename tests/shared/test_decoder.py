@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from kernels.dtypes import DTYPES
 from kernels.linear import LinearWeight
 from kernels.quantization import Quantization
 from shared.batch import NULL_BLOCK, BatchEntry, build_batch
@@ -23,7 +24,7 @@ from shared.config import QuantizationMode
 from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights
 from shared.models.decoder import Decoder
-from shared.models.weights import DTYPES, load_weights
+from shared.models.weights import load_weights
 from shared.policies.table import architecture_of
 from tests.tiny_models import smollm2, tiny_model
 

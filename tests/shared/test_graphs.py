@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.dtypes import DTYPES
 from shared.batch import BatchEntry, build_batch
 from shared.checkpoint import open_checkpoint
 from shared.graphs import ReplayRunner
 from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights, read_json
 from shared.models.decoder import Decoder
-from shared.models.weights import DTYPES, load_weights
+from shared.models.weights import load_weights
 from shared.policies.table import architecture_of
 
 NUM_BLOCKS, BLOCK_TOKENS, MAX_SEQUENCES = 40, 16, 13

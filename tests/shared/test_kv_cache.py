@@ -53,8 +53,8 @@ def test_a_quantized_layer_has_its_scales(dtype: str) -> None:
 
 
 def test_a_dtype_that_no_cache_has_is_refused() -> None:
-    with pytest.raises(ValueError, match="'float16' is none of float32, bfloat16, int8, fp8"):
-        replace(LAYOUT, dtype="float16")
+    with pytest.raises(ValueError, match="'float64' is none of float32, bfloat16, float16, int8, fp8"):
+        replace(LAYOUT, dtype="float64")
 
 
 def test_blocks_copied_byte_by_byte_between_pools() -> None:

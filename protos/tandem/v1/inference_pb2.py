@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import types_pb2 as tandem_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tandem/v1/inference.proto\x12\ttandem.v1\x1a\x15tandem/v1/types.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.tandem.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf8\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x12+\n\x08messages\x18\x04 \x01(\x0b\x32\x17.tandem.v1.ChatMessagesH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x12\n\ncache_salt\x18\x08 \x01(\tB\x08\n\x06prompt\"\xbd\x01\n\x06Output\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.tandem.v1.PositionLogprobs\x12.\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x12\n\nstop_match\x18\x07 \x01(\t\"\xa1\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x07outputs\x18\x02 \x03(\x0b\x32\x11.tandem.v1.Output\x12\x34\n\x11resolved_sampling\x18\x03 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x34\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1b.tandem.v1.PositionLogprobs\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.tandem.v1.Usage\x12#\n\x07timings\x18\x06 \x01(\x0b\x32\x12.tandem.v1.Timings\x12#\n\x07receipt\x18\x07 \x01(\x0b\x32\x12.tandem.v1.Receipt\"\xb5\x01\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rnext_position\x18\x02 \x01(\r\x12\x43\n\x0enext_positions\x18\x03 \x03(\x0b\x32+.tandem.v1.ResumeRequest.NextPositionsEntry\x1a\x34\n\x12NextPositionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"<\n\x0eResumeResponse\x12*\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x1b.tandem.v1.GenerateResponse\"g\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\x08messages\x18\x03 \x01(\x0b\x32\x17.tandem.v1.ChatMessagesH\x00\x42\x08\n\x06prompt\"7\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08rendered\x18\x02 \x01(\t\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.tandem.v1.Model\"{\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0c\n\x04\x63hat\x18\x07 \x01(\x08\x32\xf5\x02\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1a.tandem.v1.GenerateRequest\x1a\x1b.tandem.v1.GenerateResponse0\x01\x12?\n\x06Resume\x12\x18.tandem.v1.ResumeRequest\x1a\x19.tandem.v1.ResumeResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.tandem.v1.TokenizeRequest\x1a\x1b.tandem.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.tandem.v1.DetokenizeRequest\x1a\x1d.tandem.v1.DetokenizeResponse\x12I\n\nListModels\x12\x1c.tandem.v1.ListModelsRequest\x1a\x1d.tandem.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tandem/v1/inference.proto\x12\ttandem.v1\x1a\x15tandem/v1/types.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.tandem.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf8\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x12+\n\x08messages\x18\x04 \x01(\x0b\x32\x17.tandem.v1.ChatMessagesH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x12\n\ncache_salt\x18\x08 \x01(\tB\x08\n\x06prompt\"\xbd\x01\n\x06Output\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.tandem.v1.PositionLogprobs\x12.\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x12\n\nstop_match\x18\x07 \x01(\t\"\xa1\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x07outputs\x18\x02 \x03(\x0b\x32\x11.tandem.v1.Output\x12\x34\n\x11resolved_sampling\x18\x03 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x34\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1b.tandem.v1.PositionLogprobs\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.tandem.v1.Usage\x12#\n\x07timings\x18\x06 \x01(\x0b\x32\x12.tandem.v1.Timings\x12#\n\x07receipt\x18\x07 \x01(\x0b\x32\x12.tandem.v1.Receipt\"\xb5\x01\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rnext_position\x18\x02 \x01(\r\x12\x43\n\x0enext_positions\x18\x03 \x03(\x0b\x32+.tandem.v1.ResumeRequest.NextPositionsEntry\x1a\x34\n\x12NextPositionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"<\n\x0eResumeResponse\x12*\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x1b.tandem.v1.GenerateResponse\"\xe3\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06inputs\x18\x02 \x03(\x0b\x32\x15.tandem.v1.EmbedInput\x12\x16\n\tnormalize\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\ndimensions\x18\x04 \x01(\rH\x01\x88\x01\x01\x12)\n\ntruncation\x18\x05 \x01(\x0e\x32\x15.tandem.v1.Truncation\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\nrequest_id\x18\x07 \x01(\tB\x0c\n\n_normalizeB\r\n\x0b_dimensions\"O\n\nEmbedInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.tandem.v1.TokenIdsH\x00\x42\x07\n\x05input\"\xcc\x01\n\rEmbedResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\nembeddings\x18\x02 \x03(\x0b\x32\x14.tandem.v1.Embedding\x12\x12\n\nnormalized\x18\x03 \x01(\x08\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.tandem.v1.Usage\x12#\n\x07timings\x18\x05 \x01(\x0b\x32\x12.tandem.v1.Timings\x12#\n\x07receipt\x18\x06 \x01(\x0b\x32\x12.tandem.v1.Receipt\"B\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"g\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\x08messages\x18\x03 \x01(\x0b\x32\x17.tandem.v1.ChatMessagesH\x00\x42\x08\n\x06prompt\"7\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08rendered\x18\x02 \x01(\t\"R\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x03 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.tandem.v1.Model\"\xb3\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x13\n\x0bmax_context\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0c\n\x04\x63hat\x18\x07 \x01(\x08\x12\"\n\x04kind\x18\x08 \x01(\x0e\x32\x14.tandem.v1.ModelKind\x12\x12\n\ndimensions\x18\t \x01(\r*R\n\nTruncation\x12\x1a\n\x16TRUNCATION_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRUNCATION_END\x10\x01\x12\x14\n\x10TRUNCATION_START\x10\x02*X\n\tModelKind\x12\x1a\n\x16MODEL_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_KIND_GENERATES\x10\x01\x12\x15\n\x11MODEL_KIND_EMBEDS\x10\x02\x32\xb1\x03\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1a.tandem.v1.GenerateRequest\x1a\x1b.tandem.v1.GenerateResponse0\x01\x12?\n\x06Resume\x12\x18.tandem.v1.ResumeRequest\x1a\x19.tandem.v1.ResumeResponse0\x01\x12:\n\x05\x45mbed\x12\x17.tandem.v1.EmbedRequest\x1a\x18.tandem.v1.EmbedResponse\x12\x43\n\x08Tokenize\x12\x1a.tandem.v1.TokenizeRequest\x1a\x1b.tandem.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.tandem.v1.DetokenizeRequest\x1a\x1d.tandem.v1.DetokenizeResponse\x12I\n\nListModels\x12\x1c.tandem.v1.ListModelsRequest\x1a\x1d.tandem.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,6 +34,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RESUMEREQUEST_NEXTPOSITIONSENTRY']._loaded_options = None
   _globals['_RESUMEREQUEST_NEXTPOSITIONSENTRY']._serialized_options = b'8\001'
+  _globals['_TRUNCATION']._serialized_start=2300
+  _globals['_TRUNCATION']._serialized_end=2382
+  _globals['_MODELKIND']._serialized_start=2384
+  _globals['_MODELKIND']._serialized_end=2472
   _globals['_CHATMESSAGE']._serialized_start=63
   _globals['_CHATMESSAGE']._serialized_end=107
   _globals['_CHATMESSAGES']._serialized_start=109
@@ -52,20 +56,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESUMEREQUEST_NEXTPOSITIONSENTRY']._serialized_end=1109
   _globals['_RESUMERESPONSE']._serialized_start=1111
   _globals['_RESUMERESPONSE']._serialized_end=1171
-  _globals['_TOKENIZEREQUEST']._serialized_start=1173
-  _globals['_TOKENIZEREQUEST']._serialized_end=1276
-  _globals['_TOKENIZERESPONSE']._serialized_start=1278
-  _globals['_TOKENIZERESPONSE']._serialized_end=1333
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1335
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1417
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1419
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1453
-  _globals['_LISTMODELSREQUEST']._serialized_start=1455
-  _globals['_LISTMODELSREQUEST']._serialized_end=1474
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1476
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1530
-  _globals['_MODEL']._serialized_start=1532
-  _globals['_MODEL']._serialized_end=1655
-  _globals['_INFERENCESERVICE']._serialized_start=1658
-  _globals['_INFERENCESERVICE']._serialized_end=2031
+  _globals['_EMBEDREQUEST']._serialized_start=1174
+  _globals['_EMBEDREQUEST']._serialized_end=1401
+  _globals['_EMBEDINPUT']._serialized_start=1403
+  _globals['_EMBEDINPUT']._serialized_end=1482
+  _globals['_EMBEDRESPONSE']._serialized_start=1485
+  _globals['_EMBEDRESPONSE']._serialized_end=1689
+  _globals['_EMBEDDING']._serialized_start=1691
+  _globals['_EMBEDDING']._serialized_end=1757
+  _globals['_TOKENIZEREQUEST']._serialized_start=1759
+  _globals['_TOKENIZEREQUEST']._serialized_end=1862
+  _globals['_TOKENIZERESPONSE']._serialized_start=1864
+  _globals['_TOKENIZERESPONSE']._serialized_end=1919
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1921
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2003
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2005
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2039
+  _globals['_LISTMODELSREQUEST']._serialized_start=2041
+  _globals['_LISTMODELSREQUEST']._serialized_end=2060
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2062
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2116
+  _globals['_MODEL']._serialized_start=2119
+  _globals['_MODEL']._serialized_end=2298
+  _globals['_INFERENCESERVICE']._serialized_start=2475
+  _globals['_INFERENCESERVICE']._serialized_end=2908
 # @@protoc_insertion_point(module_scope)

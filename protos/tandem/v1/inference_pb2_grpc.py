@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """Generation and tokenization, for client programs.
+    """Generation, embedding and tokenization, for client programs.
     """
 
     def __init__(self, channel):
@@ -44,6 +44,11 @@ class InferenceServiceStub:
                 '/tandem.v1.InferenceService/Resume',
                 request_serializer=tandem_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_inference__pb2.ResumeResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/tandem.v1.InferenceService/Embed',
+                request_serializer=tandem_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/tandem.v1.InferenceService/Tokenize',
@@ -63,7 +68,7 @@ class InferenceServiceStub:
 
 
 class InferenceServiceServicer:
-    """Generation and tokenization, for client programs.
+    """Generation, embedding and tokenization, for client programs.
     """
 
     def Generate(self, request, context):
@@ -75,6 +80,13 @@ class InferenceServiceServicer:
 
     def Resume(self, request, context):
         """Continues the stream of a request whose connection broke; the request had a request_id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Turns texts into vectors. A model either generates or embeds: the other call is FAILED_PRECONDITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,6 +126,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=tandem_dot_v1_dot_inference__pb2.ResumeRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_inference__pb2.ResumeResponse.SerializeToString,
             ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=tandem_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
                     request_deserializer=tandem_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
@@ -138,7 +155,7 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """Generation and tokenization, for client programs.
+    """Generation, embedding and tokenization, for client programs.
     """
 
     @staticmethod
@@ -185,6 +202,33 @@ class InferenceService:
             '/tandem.v1.InferenceService/Resume',
             tandem_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
             tandem_dot_v1_dot_inference__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.InferenceService/Embed',
+            tandem_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            tandem_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceServiceStub:
-    """Generation and tokenization, for client programs."""
+    """Generation, embedding and tokenization, for client programs."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,6 +37,8 @@ class InferenceServiceStub:
     """Generates tokens for one prompt and streams them."""
     Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.ResumeResponse]
     """Continues the stream of a request whose connection broke; the request had a request_id."""
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
+    """Turns texts into vectors. A model either generates or embeds: the other call is FAILED_PRECONDITION."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Turns text or chat turns into token ids, exactly as Generate does."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -46,13 +48,15 @@ class InferenceServiceStub:
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
-    """Generation and tokenization, for client programs."""
+    """Generation, embedding and tokenization, for client programs."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates tokens for one prompt and streams them."""
     Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.ResumeResponse]  # type: ignore[assignment]
     """Continues the stream of a request whose connection broke; the request had a request_id."""
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Turns texts into vectors. A model either generates or embeds: the other call is FAILED_PRECONDITION."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text or chat turns into token ids, exactly as Generate does."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -61,7 +65,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Lists the models served."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Generation and tokenization, for client programs."""
+    """Generation, embedding and tokenization, for client programs."""
 
     @_abc_1.abstractmethod
     def Generate(
@@ -78,6 +82,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.ResumeResponse], _abc.AsyncIterator[_inference_pb2.ResumeResponse]]:
         """Continues the stream of a request whose connection broke; the request had a request_id."""
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
+        """Turns texts into vectors. A model either generates or embeds: the other call is FAILED_PRECONDITION."""
 
     @_abc_1.abstractmethod
     def Tokenize(

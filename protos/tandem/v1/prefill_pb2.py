@@ -26,7 +26,7 @@ from tandem.v1 import kv_pb2 as tandem_dot_v1_dot_kv__pb2
 from tandem.v1 import types_pb2 as tandem_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/prefill.proto\x12\ttandem.v1\x1a\x12tandem/v1/kv.proto\x1a\x15tandem/v1/types.proto\"\xf2\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x16\n\x0eoutput_indices\x18\x07 \x03(\r\x12\x13\n\x0bskip_tokens\x18\x08 \x01(\r\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x05\"q\n\x0fPrefillResponse\x12%\n\x06\x65xtent\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvExtentH\x00\x12.\n\x0c\x66irst_tokens\x18\x02 \x01(\x0b\x32\x16.tandem.v1.FirstTokensH\x00\x42\x07\n\x05\x65vent\"\xb8\x01\n\x0b\x46irstTokens\x12%\n\x06tokens\x18\x01 \x03(\x0b\x32\x15.tandem.v1.FirstToken\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x34\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1b.tandem.v1.PositionLogprobs\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x05 \x01(\x01\x12\x11\n\tworker_id\x18\x06 \x01(\t\"\x8c\x01\n\nFirstToken\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12-\n\x08logprobs\x18\x03 \x01(\x0b\x32\x1b.tandem.v1.PositionLogprobs\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.tandem.v1.FinishReason2T\n\x0ePrefillService\x12\x42\n\x07Prefill\x12\x19.tandem.v1.PrefillRequest\x1a\x1a.tandem.v1.PrefillResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/prefill.proto\x12\ttandem.v1\x1a\x12tandem/v1/kv.proto\x1a\x15tandem/v1/types.proto\"\xf2\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.tandem.v1.SamplingParams\x12\x16\n\x0eoutput_indices\x18\x07 \x03(\r\x12\x13\n\x0bskip_tokens\x18\x08 \x01(\r\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x10\n\x08priority\x18\n \x01(\x05\"q\n\x0fPrefillResponse\x12%\n\x06\x65xtent\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvExtentH\x00\x12.\n\x0c\x66irst_tokens\x18\x02 \x01(\x0b\x32\x16.tandem.v1.FirstTokensH\x00\x42\x07\n\x05\x65vent\"\xb8\x01\n\x0b\x46irstTokens\x12%\n\x06tokens\x18\x01 \x03(\x0b\x32\x15.tandem.v1.FirstToken\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x34\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1b.tandem.v1.PositionLogprobs\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x05 \x01(\x01\x12\x11\n\tworker_id\x18\x06 \x01(\t\"\x8c\x01\n\nFirstToken\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12-\n\x08logprobs\x18\x03 \x01(\x0b\x32\x1b.tandem.v1.PositionLogprobs\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.tandem.v1.FinishReason\"\xae\x01\n\x12\x45mbedTokensRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12+\n\tsequences\x18\x04 \x03(\x0b\x32\x18.tandem.v1.TokenSequence\x12\x11\n\tnormalize\x18\x05 \x01(\x08\x12\x12\n\ndimensions\x18\x06 \x01(\r\x12\x10\n\x08priority\x18\x07 \x01(\x05\"\"\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"p\n\x13\x45mbedTokensResponse\x12\"\n\x07vectors\x18\x01 \x03(\x0b\x32\x11.tandem.v1.Vector\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x11\n\tworker_id\x18\x04 \x01(\t\"\x18\n\x06Vector\x12\x0e\n\x06values\x18\x01 \x03(\x02\x32\xa2\x01\n\x0ePrefillService\x12\x42\n\x07Prefill\x12\x19.tandem.v1.PrefillRequest\x1a\x1a.tandem.v1.PrefillResponse0\x01\x12L\n\x0b\x45mbedTokens\x12\x1d.tandem.v1.EmbedTokensRequest\x1a\x1e.tandem.v1.EmbedTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,6 +41,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FIRSTTOKENS']._serialized_end=626
   _globals['_FIRSTTOKEN']._serialized_start=629
   _globals['_FIRSTTOKEN']._serialized_end=769
-  _globals['_PREFILLSERVICE']._serialized_start=771
-  _globals['_PREFILLSERVICE']._serialized_end=855
+  _globals['_EMBEDTOKENSREQUEST']._serialized_start=772
+  _globals['_EMBEDTOKENSREQUEST']._serialized_end=946
+  _globals['_TOKENSEQUENCE']._serialized_start=948
+  _globals['_TOKENSEQUENCE']._serialized_end=982
+  _globals['_EMBEDTOKENSRESPONSE']._serialized_start=984
+  _globals['_EMBEDTOKENSRESPONSE']._serialized_end=1096
+  _globals['_VECTOR']._serialized_start=1098
+  _globals['_VECTOR']._serialized_end=1122
+  _globals['_PREFILLSERVICE']._serialized_start=1125
+  _globals['_PREFILLSERVICE']._serialized_end=1287
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PrefillServiceStub:
-    """Computes prompts and exports their KV blocks.
+    """Computes prompts and exports their KV blocks, or computes vectors, as its model is made for.
     """
 
     def __init__(self, channel):
@@ -40,14 +40,26 @@ class PrefillServiceStub:
                 request_serializer=tandem_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
                 _registered_method=True)
+        self.EmbedTokens = channel.unary_unary(
+                '/tandem.v1.PrefillService/EmbedTokens',
+                request_serializer=tandem_dot_v1_dot_prefill__pb2.EmbedTokensRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_prefill__pb2.EmbedTokensResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServiceServicer:
-    """Computes prompts and exports their KV blocks.
+    """Computes prompts and exports their KV blocks, or computes vectors, as its model is made for.
     """
 
     def Prefill(self, request, context):
         """Computes a prompt. The exported blocks live exactly as long as this stream: the gateway ends it once decode has them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EmbedTokens(self, request, context):
+        """Turns token ids into vectors. Ending the call drops what is not computed yet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +73,11 @@ def add_PrefillServiceServicer_to_server(servicer, server):
                     request_deserializer=tandem_dot_v1_dot_prefill__pb2.PrefillRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_prefill__pb2.PrefillResponse.SerializeToString,
             ),
+            'EmbedTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.EmbedTokens,
+                    request_deserializer=tandem_dot_v1_dot_prefill__pb2.EmbedTokensRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_prefill__pb2.EmbedTokensResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'tandem.v1.PrefillService', rpc_method_handlers)
@@ -70,7 +87,7 @@ def add_PrefillServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrefillService:
-    """Computes prompts and exports their KV blocks.
+    """Computes prompts and exports their KV blocks, or computes vectors, as its model is made for.
     """
 
     @staticmethod
@@ -90,6 +107,33 @@ class PrefillService:
             '/tandem.v1.PrefillService/Prefill',
             tandem_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
             tandem_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EmbedTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.PrefillService/EmbedTokens',
+            tandem_dot_v1_dot_prefill__pb2.EmbedTokensRequest.SerializeToString,
+            tandem_dot_v1_dot_prefill__pb2.EmbedTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PrefillServiceStub:
-    """Computes prompts and exports their KV blocks."""
+    """Computes prompts and exports their KV blocks, or computes vectors, as its model is made for."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -35,17 +35,21 @@ class PrefillServiceStub:
     def __new__(cls, channel: _aio.Channel) -> PrefillServiceAsyncStub: ...
     Prefill: _grpc.UnaryStreamMultiCallable[_prefill_pb2.PrefillRequest, _prefill_pb2.PrefillResponse]
     """Computes a prompt. The exported blocks live exactly as long as this stream: the gateway ends it once decode has them."""
+    EmbedTokens: _grpc.UnaryUnaryMultiCallable[_prefill_pb2.EmbedTokensRequest, _prefill_pb2.EmbedTokensResponse]
+    """Turns token ids into vectors. Ending the call drops what is not computed yet."""
 
 @_typing.type_check_only
 class PrefillServiceAsyncStub(PrefillServiceStub):
-    """Computes prompts and exports their KV blocks."""
+    """Computes prompts and exports their KV blocks, or computes vectors, as its model is made for."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prefill: _aio.UnaryStreamMultiCallable[_prefill_pb2.PrefillRequest, _prefill_pb2.PrefillResponse]  # type: ignore[assignment]
     """Computes a prompt. The exported blocks live exactly as long as this stream: the gateway ends it once decode has them."""
+    EmbedTokens: _aio.UnaryUnaryMultiCallable[_prefill_pb2.EmbedTokensRequest, _prefill_pb2.EmbedTokensResponse]  # type: ignore[assignment]
+    """Turns token ids into vectors. Ending the call drops what is not computed yet."""
 
 class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Computes prompts and exports their KV blocks."""
+    """Computes prompts and exports their KV blocks, or computes vectors, as its model is made for."""
 
     @_abc_1.abstractmethod
     def Prefill(
@@ -54,5 +58,13 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_prefill_pb2.PrefillResponse], _abc.AsyncIterator[_prefill_pb2.PrefillResponse]]:
         """Computes a prompt. The exported blocks live exactly as long as this stream: the gateway ends it once decode has them."""
+
+    @_abc_1.abstractmethod
+    def EmbedTokens(
+        self,
+        request: _prefill_pb2.EmbedTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_prefill_pb2.EmbedTokensResponse, _abc.Awaitable[_prefill_pb2.EmbedTokensResponse]]:
+        """Turns token ids into vectors. Ending the call drops what is not computed yet."""
 
 def add_PrefillServiceServicer_to_server(servicer: PrefillServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

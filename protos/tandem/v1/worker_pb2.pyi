@@ -103,6 +103,8 @@ class GetInfoResponse(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    EMBEDDING_SIZE_FIELD_NUMBER: _builtins.int
+    NORMALIZES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """unique among running workers; new at each start"""
     role: Global___WorkerRole.ValueType
@@ -127,6 +129,10 @@ class GetInfoResponse(_message.Message):
     """sequences in a batch at most"""
     dtype: _builtins.str
     """of activations, and of weights that are not quantized"""
+    embedding_size: _builtins.int
+    """values of a vector, of a worker whose model embeds; 0: it generates"""
+    normalizes: _builtins.bool
+    """vectors have length 1 unless a request says otherwise, as the model's folder says"""
     @_builtins.property
     def layout(self) -> _kv_pb2.KvLayout:
         """of its pool"""
@@ -157,10 +163,12 @@ class GetInfoResponse(_message.Message):
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         peers: _abc.Iterable[Global___Peer] | None = ...,
         dtype: _builtins.str = ...,
+        embedding_size: _builtins.int = ...,
+        normalizes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "epoch", b"epoch", "family", b"family", "kv_endpoint", b"kv_endpoint", "layout", b"layout", "max_context", b"max_context", "max_running", b"max_running", "model", b"model", "num_blocks", b"num_blocks", "peers", b"peers", "role", b"role", "versions", b"versions", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "embedding_size", b"embedding_size", "epoch", b"epoch", "family", b"family", "kv_endpoint", b"kv_endpoint", "layout", b"layout", "max_context", b"max_context", "max_running", b"max_running", "model", b"model", "normalizes", b"normalizes", "num_blocks", b"num_blocks", "peers", b"peers", "role", b"role", "versions", b"versions", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -95,6 +95,8 @@ FIELDS: dict[type[Options], dict[str, tuple[str | None, Any]]] = {
         "checkpoint_dir": (None, None),
         "save_mp_checkpoint_path": (None, None),
         "base_dir": (None, None),
+        "tag": (None, None),
+        "allow_pickle": (None, False),
     },
 }
 # deprecated name → (alias, what stands for it, a value that is not its default)
@@ -377,6 +379,7 @@ def test_checkpoint_config_says_the_same_as_the_fields():
             {"checkpoint": "x", "base_dir": "a", "ckpt_config": {"base_dir": "b"}},
             "base_dir: 'a', and checkpoint_config.base_dir is 'b'",
         ),
+        ({"ckpt_config": {"tag": "t"}}, "checkpoint_config.tag: 't', and checkpoint is no folder; give the folder"),
         ({"set_empty_params": True, "checkpoint": "x"}, "set_empty_params: no weights are loaded, and checkpoint is"),
         (
             {"set_empty_params": True, "save_mp_checkpoint_path": "x"},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -169,22 +170,29 @@ def test_each_set_of_instructions(
     assert bool(finding.remedy) == (level == "warning")
 
 
-def test_a_host_with_nothing_amiss(tmp_path: Path) -> None:
-    surroundings = host(tmp_path, f"transport.socket_dir={tmp_path / 'made' / 'anew'}")
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder for sockets, whose paths the kernel takes 107 bytes of."""
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        yield Path(folder)
+
+
+def test_a_host_with_nothing_amiss(short_path: Path) -> None:
+    surroundings = host(short_path, f"transport.socket_dir={short_path / 'made' / 'anew'}")
     for check in (checks.memory, checks.overcommit, checks.memory_files, socket_folder, software.foreign_kernels):
         assert [finding.level for finding in attempt(check, surroundings)] == ["ok"]
-    assert not (tmp_path / "made").exists(), "looking leaves nothing"
+    assert not (short_path / "made").exists(), "looking leaves nothing"
 
 
-def test_a_handoff_that_is_required_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    surroundings = host(tmp_path, f"transport.socket_dir={tmp_path / 'file'}", "transport.require=shared_memory")
+def test_a_handoff_that_is_required_is_an_error(short_path: Path) -> None:
+    (short_path / "file").write_text("")
+    surroundings = host(short_path, f"transport.socket_dir={short_path / 'file'}", "transport.require=shared_memory")
     finding = the(socket_folder(surroundings), "socket folder unusable")
     assert finding.level == "error"
-    assert f"install -d -m 700 -o {os.geteuid()} {tmp_path / 'file'}" in finding.remedy
-    disabled = (f"transport.socket_dir={tmp_path / 'file'}", "transport.disable=shared_memory")
-    assert level_of(socket_folder(host(tmp_path / "b", *disabled, "device=cpu")), "socket folder") == "ok"
-    on_gpu = socket_folder(host(tmp_path / "c", *disabled, "device=cuda"))
+    assert f"install -d -m 700 -o {os.geteuid()} {short_path / 'file'}" in finding.remedy
+    disabled = (f"transport.socket_dir={short_path / 'file'}", "transport.disable=shared_memory")
+    assert level_of(socket_folder(host(short_path / "b", *disabled, "device=cpu")), "socket folder") == "ok"
+    on_gpu = socket_folder(host(short_path / "c", *disabled, "device=cuda"))
     assert the(on_gpu, "socket folder unusable").level == "warning", "pools on GPUs are passed there too"
 
 
