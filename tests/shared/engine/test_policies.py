@@ -28,12 +28,12 @@ def injected(model: Any, **options: Any) -> InferenceEngine:
     return init_inference(model, **{"dtype": "float32", "kernel_inject": True, "max_tokens": 64, **options})
 
 
-def tiny(kind: str) -> PreTrainedModel:
+def tiny(kind: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_model(kind), dtype=torch.float32)
 
 
 @torch.inference_mode()
-def check_equal(engine: InferenceEngine, reference: PreTrainedModel, tolerance: float = 1e-4) -> None:
+def check_equal(engine: InferenceEngine, reference: Any, tolerance: float = 1e-4) -> None:
     expected = reference(TOKENS).logits
     assert expected.std() > 0.3, "flat logits would prove nothing"
     torch.testing.assert_close(engine(TOKENS).logits, expected, rtol=tolerance, atol=tolerance)
@@ -137,7 +137,9 @@ def qwen_folder(folder: Path) -> PreTrainedModel:
             nn.init.uniform_(parameter, 0.5, 1.5)
     state = model.state_dict()
     renamed = {"model.embed_tokens.weight": "transformer.wte.weight", "model.norm.weight": "transformer.ln_f.weight"}
-    found = {renamed.get(name, name): value for name, value in state.items() if ".layers." not in name}
+    found: dict[str, Tensor] = {
+        renamed.get(name, name): value for name, value in state.items() if ".layers." not in name
+    }
     for layer in range(2):
         old, new = f"model.layers.{layer}.", f"transformer.h.{layer}."
         for kind in ("weight", "bias"):
