@@ -18,7 +18,7 @@ from shared.policies.policy import UnsupportedModelError
 from tests.tiny_models import KINDS, tiny_model
 
 TOKENS = torch.randint(3, 384, (2, 21), generator=torch.Generator().manual_seed(3))
-SIZES: dict[str, object] = {
+SIZES: dict[str, Any] = {
     "vocab_size": 384,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -49,11 +49,11 @@ STRANGERS: dict[str, dict[str, object]] = {
 }
 
 
-def stranger(kind: str, model_type: str = "stranger", **fields: object) -> Any:
+def stranger(kind: str, **fields: object) -> Any:
     """A model of that kind whose class and config say that they are something else."""
-    given = {name: value for name, value in {**SIZES, **fields}.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in {**SIZES, **fields}.items() if value is not None}
     known = type(AutoConfig.for_model(kind))
-    config = type(f"Strange{known.__name__}", (known,), {"model_type": model_type})(**given)
+    config = type(f"Strange{known.__name__}", (known,), {"model_type": "stranger"})(**given)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         base = type(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given)))
@@ -92,9 +92,8 @@ def test_a_plain_module_needs_no_policy_either() -> None:
 
 
 def test_a_folder_that_only_transformers_knows(tmp_path: Path) -> None:
-    given = {name: value for name, value in SIZES.items() if value is not None}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo", **given), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo", **SIZES), dtype=torch.float32).eval()
     model.save_pretrained(tmp_path)
     check_equal(injected(tmp_path), model)
 

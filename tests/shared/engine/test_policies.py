@@ -135,7 +135,7 @@ def qwen_folder(folder: Path) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             nn.init.uniform_(parameter, 0.5, 1.5)
-    state = model.state_dict()
+    state: dict[str, Tensor] = model.state_dict()
     renamed = {"model.embed_tokens.weight": "transformer.wte.weight", "model.norm.weight": "transformer.ln_f.weight"}
     found: dict[str, Tensor] = {
         renamed.get(name, name): value for name, value in state.items() if ".layers." not in name
