@@ -1,4 +1,4 @@
-"""docs/models.md: a row for each family that is true to what the family computes, and a policy that is the example's."""
+"""docs/models.md: a row for each family, true to what it computes, and the policy of the example."""
 
 from __future__ import annotations
 

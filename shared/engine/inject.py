@@ -110,15 +110,20 @@ def _to_be_asked(given: Given, config: InferenceConfig) -> Given:
     """A model without a policy, in memory with the weights that it is to be served with."""
     from shared.engine.hugging_face import is_listed, model_from_folder
 
-    if given.folder is not None and is_listed(given.fields):
+    unknown = f"{given.fields.get('model_type')!r} is none of {', '.join(sorted(POLICIES))}"
+    if given.folder is not None:
+        if not is_listed(given.fields):
+            raise UnsupportedModelError(
+                "model_type", f"{unknown}, and transformers has no class for it: give a policy by injection_policy"
+            )
         pickle = config.checkpoint_config.allow_pickle
         module = model_from_folder(given.folder, torch.float32, config.config or {}, allow_pickle=pickle)
         given = Given(module, fields_of(module.config))
     elif given.is_meta:
         raise UnsupportedModelError(
             "model_type",
-            f"{given.fields.get('model_type')!r} is none of {', '.join(sorted(POLICIES))}; its weights are on the meta "
-            "device, so that it cannot be asked: give it in memory, or a policy by injection_policy",
+            f"{unknown}; its weights are on the meta device, so that it cannot be asked: give it in memory, or a "
+            "policy by injection_policy",
         )
     if config.checkpoint is not None:
         load_into(given.module, given.checkpoint(config))
