@@ -85,7 +85,7 @@ def test_a_folder_of_a_family_that_nobody_knows(internlm2: Path) -> None:
 
 def test_without_the_policy_it_is_refused_by_name(internlm2: Path) -> None:
     with pytest.raises(
-        UnsupportedModelError, match="model_type: 'internlm2' is none of .*, and transformers has no cl"
+        UnsupportedModelError, match=r"'internlm2' is none of .*, and transformers has no class"
     ):
         injected(internlm2)
 
