@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from kernels.dtypes import DTYPES
-from shared.checkpoint import Checkpoint
+from shared.checkpoint import Checkpoint, UnsupportedCheckpointError
+from shared.checkpoint.injected import is_injected
 from shared.checkpoint.megatron import is_megatron
 from shared.config import InferenceConfig, QuantizationMode
 from shared.engine.causal_lm import CausalLM, Limits
@@ -31,7 +32,9 @@ from shared.engine.encoder_model import EncoderModel, encoders_of, is_encoder
 from shared.engine.given import Given, fields_of, given_module, load_into
 from shared.engine.saving import linears_of, save
 from shared.model_files import read_json
+from shared.models.architecture import Architecture
 from shared.models.weights import load_weights
+from shared.policies.injected import as_injected
 from shared.policies.megatron_gpt2 import MEGATRON_GPT2
 from shared.policies.policy import Policy, UnsupportedModelError
 from shared.policies.table import POLICIES
@@ -142,7 +145,7 @@ def _causal_lm(given: Given, config: InferenceConfig, device: str) -> Injection:
     if config.set_empty_params:
         return Injection(given.module.to("meta").eval(), lambda: None)
     checkpoint = given.checkpoint(config)
-    policy = _layout(policy, checkpoint)
+    policy = _layout(policy, architecture, checkpoint)
     weights = load_weights(
         architecture, checkpoint, dtype=dtype, device=device, quantization=quantization, policy=policy
     )
@@ -166,9 +169,19 @@ def _generating(given: Given) -> Any:
     return UnlistedCausalLM.of(given.fields)
 
 
-def _layout(policy: Policy, checkpoint: Checkpoint) -> Policy:
-    """Whose names the checkpoint has: the family's own, or Megatron-LM's for GPT-2."""
-    return MEGATRON_GPT2 if policy is POLICIES["gpt2"] and is_megatron(checkpoint.names()) else policy
+def _layout(policy: Policy, architecture: Architecture, checkpoint: Checkpoint) -> Policy:
+    """Whose names the checkpoint has: the family's own, Megatron-LM's for GPT-2, or DeepSpeed's for its layers."""
+    present = checkpoint.names()
+    if policy is POLICIES["gpt2"] and is_megatron(present):
+        return MEGATRON_GPT2
+    if is_injected(present):
+        if architecture.gated or architecture.norm_order != "pre":
+            raise UnsupportedCheckpointError(
+                f"{policy.family}: layers as DeepSpeed's kernels save them are read of families with a plain MLP and a "
+                "norm before each sub-layer; give the model's own checkpoint"
+            )
+        return as_injected(policy)
+    return policy
 
 
 def _as_it_is(model: nn.Module | str | Path, config: InferenceConfig, device: str) -> Injection:

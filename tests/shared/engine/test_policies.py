@@ -84,9 +84,7 @@ def test_a_folder_of_a_family_that_nobody_knows(internlm2: Path) -> None:
 
 
 def test_without_the_policy_it_is_refused_by_name(internlm2: Path) -> None:
-    with pytest.raises(
-        UnsupportedModelError, match=r"'internlm2' is none of .*, and transformers has no class"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"'internlm2' is none of .*, and transformers has no class"):
         injected(internlm2)
 
 
