@@ -31,7 +31,7 @@ from shared.engine.diffusion import InjectedPipeline, is_pipeline
 from shared.engine.encoder_model import EncoderModel, encoders_of, is_encoder
 from shared.engine.given import Given, fields_of, given_module, load_into
 from shared.engine.saving import linears_of, save
-from shared.model_files import read_json
+from shared.model_files import find_weights, read_json
 from shared.models.architecture import Architecture
 from shared.models.weights import load_weights
 from shared.policies.injected import as_injected
@@ -219,6 +219,7 @@ def _loaded_folder(folder: Path, config: InferenceConfig, dtype: torch.dtype) ->
     if config.checkpoint is not None or config.set_empty_params:
         return _given_folder(folder, config)
     allow_pickle = config.checkpoint_config.allow_pickle
+    find_weights(folder, allow_pickle=allow_pickle)
     module = model_from_folder(folder, dtype, config.config or {}, allow_pickle=allow_pickle)
     return Given(module, written, folder)
 

@@ -20,6 +20,7 @@ from shared.checkpoint.cut_tables import table_for
 from shared.checkpoint.cuts import Sizes
 from shared.checkpoint.recast import RecastCheckpoint
 from shared.engine import init_inference
+from shared.model_files import ModelError
 from shared.policies.table import POLICIES
 from tests.shared.checkpoint import megatron_files
 from tests.shared.checkpoint.megatron_files import mixed, nested
@@ -256,6 +257,16 @@ def test_empty_parameters_stay_on_the_meta_device() -> None:
 
 
 # -- refusals
+
+
+def test_a_folder_of_pickle_is_read_if_that_is_allowed(tmp_path: Path) -> None:
+    torch.save(weights_of("llama"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((tiny_model("llama") / "config.json").read_bytes())
+    for injected in (True, False):
+        with pytest.raises(ModelError, match=r"pytorch_model\.bin\), which can run code .*checkpoint_config\.allow_pi"):
+            logits(tmp_path, kernel_inject=injected)
+        found = logits(tmp_path, kernel_inject=injected, checkpoint_config={"allow_pickle": True})
+        torch.testing.assert_close(found, expected(), rtol=1e-4, atol=1e-4)
 
 
 def test_errors_name_the_tensor_and_the_file(tmp_path: Path) -> None:
