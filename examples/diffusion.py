@@ -49,7 +49,7 @@ def main() -> None:
             times[name].append(time.perf_counter() - started)
     difference = (images["plain"] - images["injected"]).abs()
     for model, op, implementation, count in injected.bindings():
-        print(f"{model:5} {op:11} {implementation:6} {count} layers")
+        print(f"{model:5} {op:15} {implementation:6} {count} layers")
     best = {name: min(measured[1:]) for name, measured in times.items()}
     print(f"image difference: {difference.max():.2e} at most, {difference.mean():.2e} on average, of 1")
     print(

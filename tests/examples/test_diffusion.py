@@ -17,5 +17,5 @@ def test_both_pipelines_draw_the_same_image() -> None:
     found = re.search(r"image difference: (\S+) at most", done.stdout)
     assert found
     assert float(found[1]) < 1e-4
-    assert re.search(r"unet +group_norm +engine \d+ layers", done.stdout)
+    assert re.search(r"unet +group_norm_silu +engine \d+ layers", done.stdout)
     assert re.search(r"plain \S+ s, injected \S+ s: \S+ times", done.stdout)

@@ -82,10 +82,12 @@ def test_what_is_used_is_in_a_table() -> None:
     assert counts["unet", "attention"] == 8
     assert counts["unet", "activation"] == 4
     assert counts["unet", "layer_norm"] == 12
-    assert counts["unet", "group_norm"] == 2 * 8 + 4 + 1
+    assert counts["unet", "group_norm_silu"] == 2 * 8 + 1
+    assert counts["unet", "group_norm"] == 4
     assert counts["unet", "linear"] == 4 * (2 + 3) + 4 * 2
     assert counts["vae", "attention"] == 2
-    assert counts["vae", "group_norm"] == 2 * 10 + 2 + 2
+    assert counts["vae", "group_norm_silu"] == 2 * 10 + 2
+    assert counts["vae", "group_norm"] == 2
     whose = {binding.op: binding.implementation for binding in bindings("cpu", torch.float32).values()}
     assert {op: implementation for _, op, implementation, _ in table} == whose
     left = [type(part) for model in (engine.unet, engine.vae) for part in model.modules()]
