@@ -1,7 +1,7 @@
 """A diffusers pipeline on the engine's layers, beside itself as it was: the difference of the images, and the times.
 
     .venv/bin/python examples/diffusion.py
-    .venv/bin/python examples/diffusion.py --dtype bf16 --channels 128 --size 256 --steps 4
+    .venv/bin/python examples/diffusion.py --dtype bf16 --channels 128
 
 The weights are random and the pipeline is small, so that nothing is downloaded; a real one is injected by the same
 line.
