@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -100,6 +102,31 @@ def test_a_plan_says_what_is_not_served() -> None:
     with pytest.raises(ConfigError, match="max_context"):
         plan(tiny_encoder(), max_context=81)
     assert (plan(tiny_encoder()).max_context, plan(tiny_encoder()).num_blocks) == (80, 1)
+
+
+@torch.inference_mode()
+def test_pooling_is_the_folders_in_the_store_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "cls"
+    shutil.copytree(tiny_encoder(), folder)
+    kinds = ("Transformer", "Pooling", "Normalize")
+    modules = [{"path": f"{i}_{kind}" if i else "", "type": f"models.{kind}"} for i, kind in enumerate(kinds)]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 33}')
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    ModelStore().pull(str(folder), name="pulled")
+    model = AutoModel.from_pretrained(folder).eval()
+    text = list(range(5, 25))
+    for source in (folder, "pulled"):
+        own = plan(source)
+        assert own.pooling is not None
+        assert (own.pooling.normalizes, own.max_context) == (True, 33)
+        assert plan(source, max_context=80).max_context == 80
+        engine = EncoderEngine(own, own.pooling)
+        expected = model(torch.tensor([text])).last_hidden_state[:, 0]
+        torch.testing.assert_close(engine.encode([text]), expected, rtol=1e-4, atol=1e-4)
+        engine.close()
 
 
 @torch.inference_mode()
