@@ -57,12 +57,11 @@ class InferenceEngine(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own interface and output type."""
         self._check_alive()
-        if self._graph is None or (self._profile is not None and self._profile.layers):
-            return self.module(*args, **kwargs)
-        if self._profile is None:
-            return self._graph(*args, **kwargs)
+        call = self.module if self._graph is None or (self._profile and self._profile.layers) else self._graph
+        if self._profile is None or self._profile.watches_calls or self._profile.layers:
+            return call(*args, **kwargs)
         with self._profile.whole():
-            return self._graph(*args, **kwargs)
+            return call(*args, **kwargs)
 
     @torch.inference_mode()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,9 +97,12 @@ class InferenceEngine(nn.Module):
         too, for which forwards run op by op, without graphs and replays.
         """
         self._check_alive()
+        pipeline = self._injection.pipeline if self._injection else None
+        if pipeline and layers:
+            raise ValueError("layers: a pipeline has none of its own, its models have; leave it out")
         if self._profile is None:
             observe = self._injection.observe_layers if self._injection else None
-            self._profile = ModelProfile(self.module, observe, watches_calls=self._graph is None)
+            self._profile = ModelProfile(self.module, observe, watches_calls=self._graph is None and not pipeline)
         self._profile.set(use_cuda_events=use_cuda_events, layers=layers)
 
     def model_times(self) -> list[float]:
