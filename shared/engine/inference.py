@@ -51,13 +51,11 @@ class InferenceEngine(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own interface and output type."""
         self._check_alive()
-        # layers are seen in the module itself, not in a graph of it
-        by_graph = self._graph is not None and not (self._profile is not None and self._profile.layers)
-        called: Callable[..., Any] = self._graph if self._graph is not None and by_graph else self.module
-        if self._profile is None or (isinstance(self.module, nn.Module) and not by_graph):
-            return called(*args, **kwargs)
+        call = self.module if self._graph is None or (self._profile and self._profile.layers) else self._graph
+        if self._profile is None or self._profile.watches_calls or self._profile.layers:
+            return call(*args, **kwargs)
         with self._profile.whole():
-            return called(*args, **kwargs)
+            return call(*args, **kwargs)
 
     @torch.inference_mode()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,10 +91,12 @@ class InferenceEngine(nn.Module):
         too, for which forwards run op by op, without graphs and replays.
         """
         self._check_alive()
+        pipeline = self._injection.pipeline if self._injection else None
+        if pipeline and layers:
+            raise ValueError("layers: a pipeline has none of its own, its models have; leave it out")
         if self._profile is None:
             observe = self._injection.observe_layers if self._injection else None
-            watches = self._graph is None and isinstance(self.module, nn.Module)
-            self._profile = ModelProfile(self.module, observe, watches_calls=watches)
+            self._profile = ModelProfile(self.module, observe, watches_calls=self._graph is None and not pipeline)
         self._profile.set(use_cuda_events=use_cuda_events, layers=layers)
 
     def model_times(self) -> list[float]:

@@ -34,7 +34,7 @@ class ModelProfile:
         self._begun: list[Mark] = []
         self._pending: list[Mark] = []
         self._by_events = False
-        self._watches_calls = watches_calls
+        self.watches_calls = watches_calls
         self._hooks: list[Any] = []
         self._layer_hooks: list[Any] = []
         self.layers = False
@@ -46,11 +46,11 @@ class ModelProfile:
         self._by_events = use_cuda_events and torch.cuda.is_available()
         if layers and not self.layers:
             self._watch_layers()
-            if not self._watches_calls:  # a graph is left out then, and the module itself is called
+            if not self.watches_calls:  # a graph is left out then, and the module itself is called
                 self._watch_calls()
         elif self.layers and not layers:
             self._leave_layers()
-            if not self._watches_calls:
+            if not self.watches_calls:
                 self._leave_calls()
         self.layers = layers
 

@@ -119,6 +119,11 @@ def test_the_pipeline_keeps_its_interface() -> None:
     latents, flagged = engine([PROMPT] * 2, return_dict=False, **wants)
     assert latents.shape == (2, 4, 16, 16)
     assert flagged is None
+    engine.profile_model_time()
+    engine(PROMPT, **wants)
+    assert [time > 0 for time in engine.model_times()] == [True]
+    with pytest.raises(ValueError, match="layers: a pipeline has none"):
+        engine.profile_model_time(layers=True)
     engine.destroy()
     assert not hasattr(engine, "unet")
     assert pipeline(PROMPT, **wants).images.shape == (1, 4, 16, 16)
