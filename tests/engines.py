@@ -16,11 +16,13 @@ from tests.workers import Request
 
 
 @functools.cache
-def tiny_engine(model: Path, num_blocks: int = 64, max_running: int = 64, kv_dtype: str = "auto") -> Engine:
-    """float32, blocks of 16 tokens. Shared by tests: what it holds is theirs to overwrite."""
+def tiny_engine(
+    model: Path, num_blocks: int = 64, max_running: int = 64, kv_dtype: str = "auto", dtype: str = "float32"
+) -> Engine:
+    """Blocks of 16 tokens. Shared by tests: what it holds is theirs to overwrite."""
     overrides = {
         "model": str(model),
-        "dtype": "float32",
+        "dtype": dtype,
         "kv_dtype": kv_dtype,
         "threads": 2,
         "decode": {"num_blocks": num_blocks, "max_running": max_running},

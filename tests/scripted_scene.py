@@ -28,8 +28,9 @@ TEMPLATE = """\
 {%- if messages[0].role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"""
 
 
-def model(digest: str = "d1") -> ServedModel:
-    return ServedModel("scripted", digest, TOKENIZER, ChatTemplate(TEMPLATE, {}), SamplingDefaults(temperature=0.5))
+def model(digest: str = "d1", *, embeds: bool = False) -> ServedModel:
+    template, defaults = ChatTemplate(TEMPLATE, {}), SamplingDefaults(temperature=0.5)
+    return ServedModel("scripted", digest, TOKENIZER, template, defaults, embeds)
 
 
 class WatchedMetrics(Metrics):
@@ -68,7 +69,7 @@ class Scene:
         for worker in (*self.prefills, *self.decodes):
             await worker.idle()
         while self.gateway.num_requests:
-            await asyncio.wait(self.gateway._tasks)
+            await asyncio.wait({*self.gateway._tasks, *self.gateway._embeddings})
 
     async def alive(self, *workers: ScriptedWorker) -> None:
         """The gateway knows the workers as they are now."""
@@ -141,12 +142,16 @@ async def scene_of(
     decode: int = 1,
     prepare: Callable[[Scene], None] | None = None,
     resolve: Resolve = resolve,
+    embeds: bool = False,
     **gateway: Any,
 ) -> AsyncIterator[Scene]:
-    """Starts workers, a gateway and its server; `gateway` are fields of its configuration."""
+    """Starts workers, a gateway and its server; `gateway` are fields of its configuration.
+
+    embeds: the model answers vectors, and no decode worker is there.
+    """
     transport, auth = gateway.pop("transport", {}), gateway.pop("auth", {})
     prefills = [ScriptedPrefill(f"p{i}") for i in range(prefill)]
-    decodes = [ScriptedDecode(f"d{i}") for i in range(decode)]
+    decodes = [] if embeds else [ScriptedDecode(f"d{i}") for i in range(decode)]
     async with AsyncExitStack() as stack:
         draft = Scene(prefills, decodes, None, None, None, WatchedMetrics())  # type: ignore[arg-type]
         if prepare is not None:
@@ -158,13 +163,13 @@ async def scene_of(
             served_name="scripted",
             gateway={  # type: ignore[arg-type]
                 "prefill_workers": tuple(worker.target for worker in prefills),
-                "decode_workers": tuple(worker.target for worker in decodes),
+                **({} if embeds else {"decode_workers": tuple(worker.target for worker in decodes)}),
                 **gateway,
             },
             transport=transport,
             auth=auth,
         )
-        draft.gateway = await stack.enter_async_context(Gateway(config, model(), draft.metrics, resolve))
+        draft.gateway = await stack.enter_async_context(Gateway(config, model(embeds=embeds), draft.metrics, resolve))
         await draft.gateway.ready()
         server = create_server()
         port = server.add_insecure_port("127.0.0.1:0")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,6 +179,8 @@ class ScriptedPrefill(ScriptedWorker, prefill_pb2_grpc.PrefillServiceServicer):
         super().__init__(name)
         self.requests: list[prefill_pb2.PrefillRequest] = []
         self.script: Script = ScriptedPrefill.compute
+        self.embed_requests: list[prefill_pb2.EmbedTokensRequest] = []
+        self.embed_script: Callable[..., Awaitable[prefill_pb2.EmbedTokensResponse]] = ScriptedPrefill.embed
 
     def serve(self, server: grpc.aio.Server) -> None:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self, server)
@@ -189,6 +191,22 @@ class ScriptedPrefill(ScriptedWorker, prefill_pb2_grpc.PrefillServiceServicer):
         async with self.stream():
             async for reply in self.script(self, request):
                 await context.write(reply)
+
+    @handler
+    async def EmbedTokens(
+        self, request: prefill_pb2.EmbedTokensRequest, context: grpc.aio.ServicerContext
+    ) -> prefill_pb2.EmbedTokensResponse:
+        self.embed_requests.append(request)
+        async with self.stream():
+            return await self.embed_script(self, request)
+
+    async def embed(self, request: prefill_pb2.EmbedTokensRequest) -> prefill_pb2.EmbedTokensResponse:
+        """The sum of a text's tokens, as often as dimensions are asked for."""
+        vectors = [
+            prefill_pb2.Vector(values=[float(sum(sequence.token_ids))] * request.dimensions)
+            for sequence in request.sequences
+        ]
+        return prefill_pb2.EmbedTokensResponse(vectors=vectors, queue_s=0.25, compute_s=1e-6, worker_id=self.worker_id)
 
     def extent(self, request: prefill_pb2.PrefillRequest) -> prefill_pb2.PrefillResponse:
         return prefill_pb2.PrefillResponse(

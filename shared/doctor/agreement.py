@@ -62,7 +62,7 @@ def _layouts(config: TandemConfig, infos: Infos) -> Iterator[Finding]:
         except RpcError as refused:
             amiss = True
             yield error("layouts", "layouts differ", f"{prefill} and {decode} hand nothing over: {refused.message}")
-    if not amiss:
+    if not amiss and not any(info.embedding_size for info in infos.values()):
         yield ok("layouts", "every decode worker can take the blocks of every prefill worker")
 
 

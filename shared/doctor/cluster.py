@@ -19,8 +19,9 @@ from shared.config import TandemConfig
 from shared.doctor.agreement import agreements
 from shared.doctor.finding import Finding, error, ok
 from shared.doctor.surroundings import Surroundings
-from shared.model_files import ModelError
+from shared.model_files import ModelError, ModelFiles
 from shared.model_store import ModelStore
+from shared.policies.table import embeds
 from shared.rpc import connect
 
 ANSWER_S = 2.0
@@ -62,22 +63,29 @@ class Answer:
 async def cluster(surroundings: Surroundings, *, must_answer: bool = True, answer_s: float = ANSWER_S) -> list[Finding]:
     """must_answer: whether a cluster of which nobody answers is an error; else it is none, and there is no finding."""
     config = surroundings.config
-    listed, unknown = await _resolve(config)
+    files = await asyncio.to_thread(_local_files, config)
+    vectors = files is not None and embeds(files.config)
+    listed, unknown = await _resolve(config, vectors=vectors)
     answers = _reached(await asyncio.gather(*(_ask(each, config.auth.cluster_key, answer_s) for each in listed)))
     heard = [answer for answer in answers if not _is_silent(answer)]
     if not heard and not must_answer:
         return []
     findings = [*unknown, *(finding for answer in answers for finding in _answered(answer))]
     infos = {str(answer.listed): answer.info for answer in heard if answer.info is not None}
-    return [*findings, *agreements(config, infos, await asyncio.to_thread(_local_digest, config))]
+    digest = None if files is None else files.digest_as(config.quantization)
+    return [*findings, *agreements(config, infos, digest)]
 
 
-async def _resolve(config: TandemConfig) -> tuple[list[Listed], list[Finding]]:
-    """Every address that the configured names stand for, and a finding for each name that nobody knows."""
+async def _resolve(config: TandemConfig, *, vectors: bool) -> tuple[list[Listed], list[Finding]]:
+    """Every address that the configured names stand for, and a finding for each name that nobody knows.
+
+    vectors: of a model that embeds, which has no decode workers.
+    """
     gateway = config.gateway
     targets = [("gateway", f"{bracketed(_EVERYWHERE.get(gateway.host, gateway.host))}:{gateway.port}")]
     targets += [("prefill", target) for target in gateway.prefill_workers]
-    targets += [("decode", target) for target in gateway.decode_workers]
+    if not vectors:
+        targets += [("decode", target) for target in gateway.decode_workers]
     listed: list[Listed] = []
     unknown: list[Finding] = []
     for role, target in targets:
@@ -144,10 +152,9 @@ def _answered(answer: Answer) -> Sequence[Finding]:
     return [error("answers", "no answer", text, section=listed.role)]
 
 
-def _local_digest(config: TandemConfig) -> str | None:
-    """Of the configured model's files, None where they are not here."""
+def _local_files(config: TandemConfig) -> ModelFiles | None:
+    """The configured model's, None where they are not here."""
     try:
-        files = ModelStore().resolve(config.model, allow_pickle=config.allow_pickle)
+        return ModelStore().resolve(config.model, allow_pickle=config.allow_pickle)
     except ModelError:
         return None
-    return files.digest_as(config.quantization)

@@ -10,6 +10,7 @@ from shared.config import TandemConfig
 from shared.model_files import ModelError
 from shared.model_source import folder_bytes
 from shared.model_store import ModelStore
+from shared.policies.table import embeds
 
 MIB = 1 << 20
 # of a worker before its pool and its weights: Python, torch and the ops
@@ -34,16 +35,18 @@ class Demand:
     @classmethod
     def of(cls, config: TandemConfig) -> Demand:
         """A pool that is given in blocks counts as nothing: what a block takes depends on the model."""
-        prefill, decode, workers = config.prefill, config.decode, config.up.prefill + config.up.decode
+        vectors = _embeds(config)
+        prefill, decode, num_decode = config.prefill, config.decode, 0 if vectors else config.up.decode
+        workers = config.up.prefill + num_decode
         ops = config.threads or len(os.sched_getaffinity(0))
         return cls(
             weights_bytes=0 if config.device == "cuda" else _weights_bytes(config.model),
-            prefill_bytes=_WORKER_BYTES + (0 if prefill.num_blocks else prefill.kv_memory_mib * MIB),
+            prefill_bytes=_WORKER_BYTES + (0 if vectors or prefill.num_blocks else prefill.kv_memory_mib * MIB),
             decode_bytes=_WORKER_BYTES
             + (0 if decode.num_blocks else decode.kv_memory_mib * MIB)
             + decode.swap_memory_mib * MIB * (decode.preemption == "swap"),
             num_prefill=config.up.prefill,
-            num_decode=config.up.decode,
+            num_decode=num_decode,
             threads=workers * (ops + _PROCESS_THREADS) + _PROCESS_THREADS,
             # a client may hold a connection for each request, and a worker one to each of its peers
             files=max(FEW_FILES, 2 * (config.gateway.max_running + config.gateway.max_queued)),
@@ -52,7 +55,9 @@ class Demand:
     @property
     def smallest_bytes(self) -> int:
         """One worker, of the role that takes less."""
-        return self.weights_bytes + min(self.prefill_bytes, self.decode_bytes)
+        return self.weights_bytes + min(
+            self.prefill_bytes, self.decode_bytes if self.num_decode else self.prefill_bytes
+        )
 
     @property
     def total_bytes(self) -> int:
@@ -62,6 +67,14 @@ class Demand:
 
 def mib(num_bytes: float) -> str:
     return f"{num_bytes / MIB:,.0f} MiB"
+
+
+def _embeds(config: TandemConfig) -> bool:
+    """Whether the model, if it is here, makes vectors: it has no pool, and no decode workers."""
+    try:
+        return embeds(ModelStore().resolve(config.model, allow_pickle=config.allow_pickle).config)
+    except ModelError:
+        return False
 
 
 def _weights_bytes(model: str) -> int:

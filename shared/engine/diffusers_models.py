@@ -150,8 +150,9 @@ class Replacer:
         )
 
     def _group_norm(self, norm: nn.GroupNorm, *, silu: bool) -> ours.GroupNorm:
-        self.used.append(self.bindings["group_norm"])
-        return ours.GroupNorm(norm, silu=silu)
+        binding = self.bindings["group_norm_silu" if silu else "group_norm"]
+        self.used.append(binding)
+        return ours.GroupNorm(norm, binding, silu=silu)
 
     def _layer_norm(self, norm: nn.LayerNorm) -> ours.LayerNorm | None:
         """None for a norm without weights."""

@@ -60,8 +60,7 @@ class InjectedPipeline:
             raise ValueError("dtype: int8 quantizes the engine's linears; set kernel_inject, or use another dtype")
         device = "cpu" if config.keep_module_on_host else device
         self.pipeline = pipeline
-        # (model, whose op) → how many of its layers compute with it
-        self.bindings: dict[tuple[str, Binding], int] = {}
+        self.bindings: list[tuple[str, Binding, int]] = []  # (model, whose op, how many of its layers)
         models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         if injects:
             from shared.engine.diffusers_models import ModelMixin, check
@@ -97,8 +96,7 @@ class InjectedPipeline:
         Replacer(whose, quantization, used).replace(model)
         for part in _called(model):
             part.register_forward_pre_hook(_refuse_gradients, with_kwargs=True)
-        for binding, count in Counter(used).items():
-            self.bindings[name, binding] = count
+        self.bindings += [(name, binding, count) for binding, count in Counter(used).items()]
 
 
 def capture(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from kernels.linear import has_pairs
 from kernels.quantization import Quantization
 
 Implementation = Literal["engine", "torch"]
-OPS = ("linear", "attention", "group_norm", "layer_norm", "activation")
+OPS = ("linear", "attention", "group_norm", "group_norm_silu", "layer_norm", "activation")
 _MAX_HEAD_DIM = {"cpu": 512, "cuda": 256}  # of kernels/attention.py
 
 
@@ -28,16 +28,20 @@ class Binding:
 def bindings(device: str, dtype: torch.dtype, quantization: Quantization | None = None) -> dict[str, Binding]:
     """What the layers of an image model compute with, op → Binding.
 
-    On a CPU by measurement (docs/benchmarks.md has the ratios): the engine's where it is as fast or faster.
+    On a CPU by measurement (benchmarks/image_ops.py): the engine's where it is as fast or faster.
     """
     triton = device == "cuda" or devices.INTERPRETED
     found = {op: Binding(op, "engine", "Triton's kernel" if triton else "as fast as torch's, or faster") for op in OPS}
     if quantization is not None:
         found["linear"] = Binding("linear", "engine", f"{quantization.form} weights")
-    elif not triton:
-        found["linear"] = Binding("linear", "torch", "thousands of rows: oneDNN is up to 1.8 times as fast")
-    if not triton and not has_pairs(dtype):
-        found["attention"] = Binding("attention", "torch", "up to 1.3 times as fast in float32")
+    if triton:
+        return found
+    if quantization is None:
+        found["linear"] = Binding("linear", "torch", "thousands of rows: up to 1.3 times as fast as the engine's")
+    if not has_pairs(dtype):
+        found["attention"] = Binding("attention", "torch", "without dot products of pairs: up to 1.15 times as fast")
+    if dtype == torch.float32:
+        found["group_norm"] = Binding("group_norm", "torch", "without SiLU: up to 1.3 times as fast")
     return found
 
 

@@ -52,8 +52,9 @@ class Projection(nn.Module):
 class GroupNorm(nn.Module):
     """GroupNorm of [batch, channels, ...], with the SiLU after it if asked."""
 
-    def __init__(self, norm: nn.GroupNorm, *, silu: bool) -> None:
+    def __init__(self, norm: nn.GroupNorm, binding: Binding, *, silu: bool) -> None:
         super().__init__()
+        self.binding = binding
         self.num_groups, self.eps, self.silu = norm.num_groups, norm.eps, silu
         self.weight, self.bias = norm.weight, norm.bias
 
@@ -61,6 +62,9 @@ class GroupNorm(nn.Module):
         """in_place: x is the caller's own, and needed no more."""
         x = x.contiguous()
         flat = x.view(*x.shape[:2], -1)
+        if self.binding.implementation == "torch":
+            y = functional.group_norm(flat, self.num_groups, self.weight, self.bias, self.eps).view_as(x)
+            return functional.silu(y) if self.silu else y
         out = flat if in_place else None
         return group_norm(flat, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu, out=out).view_as(x)
 

@@ -135,6 +135,15 @@ class InferenceEngine(nn.Module):
         self._take_over(inject(module, self._config))
         return loaded
 
+    def bindings(self) -> list[tuple[str, str, str, int]]:
+        """What a pipeline's replaced layers compute with: (model, op, "engine" or "torch", number of layers).
+
+        Other models compute with the engine's ops alone, and list none.
+        """
+        pipeline = self._injection.pipeline if self._injection else None
+        table = pipeline.bindings if pipeline else []
+        return [(model, binding.op, binding.implementation, count) for model, binding, count in table]
+
     def destroy(self) -> None:
         """Frees weights, caches and graphs; no call can follow. Once is enough, twice is no harm."""
         if self._profile is not None:

@@ -21,19 +21,23 @@ import torch
 from torch import nn
 
 from kernels.dtypes import DTYPES
-from shared.checkpoint import Checkpoint
+from shared.checkpoint import Checkpoint, UnsupportedCheckpointError
+from shared.checkpoint.injected import is_injected
 from shared.checkpoint.megatron import is_megatron
 from shared.config import InferenceConfig, QuantizationMode
 from shared.engine.causal_lm import CausalLM, Limits
+from shared.engine.detection import detected
 from shared.engine.diffusion import InjectedPipeline, is_pipeline
 from shared.engine.encoder_model import EncoderModel, encoders_of, is_encoder
-from shared.engine.given import Given, given_module, load_into
+from shared.engine.given import Given, fields_of, given_module, load_into
 from shared.engine.saving import linears_of, save
-from shared.model_files import read_json
+from shared.model_files import find_weights, read_json
+from shared.models.architecture import Architecture
 from shared.models.weights import load_weights
+from shared.policies.injected import as_injected
 from shared.policies.megatron_gpt2 import MEGATRON_GPT2
 from shared.policies.policy import Policy, UnsupportedModelError
-from shared.policies.table import POLICIES, policy_for
+from shared.policies.table import POLICIES
 
 
 @dataclass
@@ -93,27 +97,55 @@ def _config_json(folder: Path) -> dict[str, object]:
     return read_json(folder / "config.json")
 
 
-def _policy(given: Given, config: InferenceConfig) -> Policy:
+def _policy(given: Given, config: InferenceConfig) -> tuple[Policy, Given]:
+    """With the model in memory where that took it."""
     if isinstance(config.injection_policy, Policy):
-        return config.injection_policy
+        return config.injection_policy, given
     if not given.fields:
         raise ValueError("model: has no config that says how it is made; give a Policy, or leave out kernel_inject")
-    return policy_for(given.fields)
+    if str(given.fields.get("model_type")) in POLICIES:
+        return POLICIES[str(given.fields["model_type"])], given
+    given = _to_be_asked(given, config)
+    return detected(given.module, given.fields, config.max_out_tokens), given
+
+
+def _to_be_asked(given: Given, config: InferenceConfig) -> Given:
+    """A model without a policy, in memory with the weights that it is to be served with."""
+    from shared.engine.hugging_face import is_listed, model_from_folder
+
+    unknown = f"{given.fields.get('model_type')!r} is none of {', '.join(sorted(POLICIES))}"
+    if given.folder is not None:
+        if not is_listed(given.fields):
+            raise UnsupportedModelError(
+                "model_type", f"{unknown}, and transformers has no class for it: give a policy by injection_policy"
+            )
+        pickle = config.checkpoint_config.allow_pickle
+        module = model_from_folder(given.folder, torch.float32, config.config or {}, allow_pickle=pickle)
+        given = Given(module, fields_of(module.config))
+    elif given.is_meta:
+        raise UnsupportedModelError(
+            "model_type",
+            f"{unknown}; its weights are on the meta device, so that it cannot be asked: give it in memory, or a "
+            "policy by injection_policy",
+        )
+    if config.checkpoint is not None:
+        load_into(given.module, given.checkpoint(config))
+    return given
 
 
 def _causal_lm(given: Given, config: InferenceConfig, device: str) -> Injection:
-    policy = _policy(given, config)
+    dtype, quantization = compute_dtype(config, device)
+    if not config.triangular_masking:
+        raise ValueError("triangular_masking: false, and a decoder's tokens attend to no later ones; leave it out")
+    policy, given = _policy(given, config)
     architecture = policy.architecture(given.fields)
     module = _generating(given)
     if policy.kind != "decoder" or not module.can_generate():
         raise UnsupportedModelError("architectures", f"{type(module).__name__} is no causal language model")
-    if not config.triangular_masking:
-        raise ValueError("triangular_masking: false, and a decoder's tokens attend to no later ones; leave it out")
-    dtype, quantization = compute_dtype(config, device)
     if config.set_empty_params:
         return Injection(given.module.to("meta").eval(), lambda: None)
     checkpoint = given.checkpoint(config)
-    policy = _layout(policy, checkpoint)
+    policy = _layout(policy, architecture, checkpoint)
     weights = load_weights(
         architecture, checkpoint, dtype=dtype, device=device, quantization=quantization, policy=policy
     )
@@ -137,9 +169,19 @@ def _generating(given: Given) -> Any:
     return UnlistedCausalLM.of(given.fields)
 
 
-def _layout(policy: Policy, checkpoint: Checkpoint) -> Policy:
-    """Whose names the checkpoint has: the family's own, or Megatron-LM's for GPT-2."""
-    return MEGATRON_GPT2 if policy is POLICIES["gpt2"] and is_megatron(checkpoint.names()) else policy
+def _layout(policy: Policy, architecture: Architecture, checkpoint: Checkpoint) -> Policy:
+    """Whose names the checkpoint has: the family's own, Megatron-LM's for GPT-2, or DeepSpeed's for its layers."""
+    present = checkpoint.names()
+    if policy is POLICIES["gpt2"] and is_megatron(present):
+        return MEGATRON_GPT2
+    if is_injected(present):
+        if architecture.gated or architecture.norm_order != "pre":
+            raise UnsupportedCheckpointError(
+                f"{policy.family}: layers as DeepSpeed's kernels save them are read of families with a plain MLP and a "
+                "norm before each sub-layer; give the model's own checkpoint"
+            )
+        return as_injected(policy)
+    return policy
 
 
 def _as_it_is(model: nn.Module | str | Path, config: InferenceConfig, device: str) -> Injection:
@@ -177,6 +219,7 @@ def _loaded_folder(folder: Path, config: InferenceConfig, dtype: torch.dtype) ->
     if config.checkpoint is not None or config.set_empty_params:
         return _given_folder(folder, config)
     allow_pickle = config.checkpoint_config.allow_pickle
+    find_weights(folder, allow_pickle=allow_pickle)
     module = model_from_folder(folder, dtype, config.config or {}, allow_pickle=allow_pickle)
     return Given(module, written, folder)
 

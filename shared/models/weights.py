@@ -278,6 +278,8 @@ class _Loader:
 
     def _built(self, source: Source, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """As the source says, in the model's dtype or another."""
+        if source.how == "ones":
+            return torch.ones(shape, dtype=dtype or self.dtype, device=self.device)
         tensors = [self.checkpoint.tensor(name) for name in source.names]
         if source.how in ("product", "lifted"):
             table, projection = (tensor.to(self.device, torch.float32) for tensor in tensors)

@@ -6,6 +6,7 @@
     product("embed.weight", "project.weight")  their matrix product, float32: the second [hidden, width] lifts the first
     stacked("experts.gate_up_proj")            [experts, out, in] in one tensor
     shaped("patch_embedding.weight")           as many values in the same order, under other dimensions
+    ones()                                     nothing: the weight of a norm that has none
     either(rows("a"), rows("b"))               the first whose names are all there
 
 `{layer}` and `{expert}` in a name are their numbers; a name with `{head}` stands for those of all heads, in order.
@@ -19,7 +20,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-How = Literal["rows", "columns", "grouped", "product", "lifted", "stacked", "shaped"]
+How = Literal["rows", "columns", "grouped", "product", "lifted", "stacked", "shaped", "ones"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ def stacked(name: str) -> tuple[Source, ...]:
 
 def shaped(name: str) -> tuple[Source, ...]:
     return (Source((name,), "shaped"),)
+
+
+def ones() -> tuple[Source, ...]:
+    return (Source((), "ones"),)
 
 
 def either(*alternatives: tuple[Source, ...]) -> tuple[Source, ...]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -20,6 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from shared.rpc import RpcError, from_grpc
 from tests.cluster import Cluster
+from tests.e2e.test_serve import up
 from tests.tiny_encoders import minilm, tiny_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,7 +201,7 @@ async def test_a_request_outlives_its_worker() -> None:
 
 
 @pytest.mark.slow
-async def test_minilm_equals_transformers_through_tandem_up() -> None:
+async def test_minilm_equals_transformers_through_the_service() -> None:
     folder = minilm().folder
     texts = [*TEXTS, "How many people live in Berlin?", "Berlin has 3.7 million inhabitants. " * 20]
     async with Cluster(model="all-minilm-l6-v2", decode=0, settings={"dtype": "float32"}) as cluster:
@@ -219,3 +224,19 @@ def test_a_decode_worker_refuses_such_a_model() -> None:
     )
     assert done.returncode == 1
     assert "prefill workers do alone" in done.stderr
+
+
+@pytest.mark.slow
+async def test_tandem_up_starts_no_decode_worker() -> None:
+    minilm()
+    async with up("all-minilm-l6-v2") as service:
+        assert len(service.children) == 2
+        assert "tandem generate" not in service.ready_text
+        [command] = re.findall(r"^  (curl .*)$", service.ready_text, re.MULTILINE)
+        status, output, errors = await service.run(*shlex.split(command), "-sS")
+        assert status == 0, errors
+        reply = json.loads(output)
+        assert len(reply["data"][0]["embedding"]) == 384
+        assert reply["model"] == "all-minilm-l6-v2"
+        service.process.send_signal(signal.SIGINT)
+        assert await service.ended() == 0

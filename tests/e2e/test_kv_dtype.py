@@ -1,4 +1,5 @@
-"""Quantized pools over processes: blocks handed over, swapped out and in have the bits of an engine by itself."""
+"""Quantized and float16 pools over processes: blocks handed over, swapped out and in have the bits of an engine by
+itself."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from tandem.v1 import inference_pb2, types_pb2
 
 from shared.batch import BatchEntry
@@ -26,10 +28,15 @@ def greedy(engine: Engine, prompt: list[int]) -> list[int]:
     return tokens[len(prompt) :]
 
 
-async def test_streams_of_an_int8_cache_are_those_of_an_engine_by_itself(tiny_model: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"), [("float32", "int8"), pytest.param("float16", "float16", marks=pytest.mark.slow)]
+)
+async def test_streams_are_those_of_an_engine_by_itself(
+    tiny_model: Callable[[str], Path], dtype: str, kv_dtype: str
+) -> None:
     model = tiny_model("llama")
     # 11 blocks for what grows to 5 of 5: some are swapped out
-    settings = {"dtype": "float32", "kv_dtype": "int8", "threads": 1, "decode.num_blocks": 12}
+    settings = {"dtype": dtype, "kv_dtype": kv_dtype, "threads": 1, "decode.num_blocks": 12}
     prompts = [[5 + (i * step) % 90 for i in range(37)] for step in (1, 3, 7, 11, 13)]
     requests = [
         inference_pb2.GenerateRequest(
@@ -41,7 +48,7 @@ async def test_streams_of_an_int8_cache_are_those_of_an_engine_by_itself(tiny_mo
     async with Cluster(model=str(model), prefill=1, settings=settings) as cluster:
         results = await asyncio.gather(*map(cluster.generate, requests))
         await cluster.settled()
-    engine = tiny_engine(model, kv_dtype="int8")
+    engine = tiny_engine(model, kv_dtype=kv_dtype, dtype=dtype)
     for prompt, result in zip(prompts, results, strict=True):
         assert result.outputs[0].token_ids == greedy(engine, prompt)
         assert result.receipt.handoff_bytes == 3 * engine.plan.layout.block_bytes

@@ -68,7 +68,7 @@ def _found(pattern: str, text: str) -> str:
 
 
 @asynccontextmanager
-async def up(model: Path, *flags: str) -> AsyncIterator[Service]:
+async def up(model: Path | str, *flags: str) -> AsyncIterator[Service]:
     folder = Path(tempfile.mkdtemp(prefix="tandem-serve-"))
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(

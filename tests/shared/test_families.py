@@ -104,6 +104,21 @@ def test_equals_transformers(kind: str) -> None:
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == history[len(prompt) :]
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "bloom", "mixtral"])
+def test_float16_is_nearer_than_bfloat16(kind: str) -> None:
+    """What `init_inference` computes in by itself, with soft caps, ALiBi and experts too."""
+    tokens = random_tokens(decoder(kind), 30)
+    expected, errors = expected_logits(kind, tokens), {}
+    for dtype in (torch.float16, torch.bfloat16):
+        engine = init_inference(tiny_model(kind), kernel_inject=True, dtype=dtype, max_out_tokens=64)
+        try:
+            errors[dtype] = (engine(torch.tensor([tokens])).logits[0] - expected).abs().mean() / expected.std()
+        finally:
+            engine.destroy()
+    assert 0 < errors[torch.float16] < errors[torch.bfloat16] / 3
+    assert errors[torch.float16] < 0.01
+
+
 def test_every_family_of_language_models_has_a_kind() -> None:
     of_kinds = {fields["model_type"] for fields in KINDS.values()}
     decoders = {family for family, policy in POLICIES.items() if policy.kind == "decoder"}

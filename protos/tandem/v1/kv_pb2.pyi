@@ -42,7 +42,7 @@ class KvLayout(_message.Message):
     model_digest: _builtins.str
     """sha256 over configuration and weights, in hexadecimal"""
     dtype: _builtins.str
-    """of the elements: "float32", "bfloat16", or with a scale for each row "int8", "fp8" """
+    """of the elements: "float32", "bfloat16", "float16", or with a scale for each row "int8", "fp8" """
     num_layers: _builtins.int
     """layers of the model"""
     num_kv_heads: _builtins.int

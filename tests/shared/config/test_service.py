@@ -63,12 +63,13 @@ def test_a_broken_file_is_named(clean: Path):
         ({"decode": {"max_runing": 1}}, "decode.max_runing: unknown key"),
         ({"decode": {"max_running": 0}}, r"decode.max_running: .*greater than or equal to 1.*\(got 0\)"),
         ({"gateway": {"port": 70000}}, "gateway.port: "),
-        ({"dtype": "float16"}, r"dtype: .*'float32' or 'bfloat16'.*\(got 'float16'\)"),
+        ({"dtype": "float64"}, r"dtype: .*'bfloat16' or 'float16'.*\(got 'float64'\)"),
         ({"quantization": "int3"}, r"quantization: .*'none', 'int8' or 'int4'.*\(got 'int3'\)"),
         ({"block_tokens": 24}, "block_tokens: 24 is not a power of two"),
         ({"decode": {"block_tokens": 24}}, "decode.block_tokens: 24 is not a power of two"),
         ({"kv_dtype": "fp6"}, r"kv_dtype: .*'int8' or 'fp8'.*\(got 'fp6'\)"),
         ({"kv_dtype": "float32"}, "^kv_dtype: float32, and dtype is bfloat16: "),
+        ({"kv_dtype": "float16"}, "^kv_dtype: float16, and dtype is bfloat16: "),
         (
             {"dtype": "float32", "prefill": {"kv_dtype": "bfloat16"}},
             "prefill.kv_dtype: bfloat16, and dtype is",
@@ -96,8 +97,9 @@ def test_a_role_has_the_common_blocks_unless_it_says_otherwise():
     config = load_config(overrides=overrides)
     assert (config.kv_dtype_of(config.prefill), config.block_tokens_of(config.prefill)) == ("int8", 32)
     assert (config.kv_dtype_of(config.decode), config.block_tokens_of(config.decode)) == ("bfloat16", 64)
-    config = load_config(overrides={"dtype": "float32", "kv_dtype": "float32"})
-    assert (config.weights_dtype, config.kv_dtype_of(config.decode)) == ("float32", "float32")
+    for dtype in ("float32", "float16"):
+        config = load_config(overrides={"dtype": dtype, "kv_dtype": dtype})
+        assert (config.weights_dtype, config.kv_dtype_of(config.decode)) == (dtype, dtype)
 
 
 def test_every_fault_is_told_at_once():

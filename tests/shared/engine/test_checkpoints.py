@@ -20,9 +20,11 @@ from shared.checkpoint.cut_tables import table_for
 from shared.checkpoint.cuts import Sizes
 from shared.checkpoint.recast import RecastCheckpoint
 from shared.engine import init_inference
+from shared.model_files import ModelError
 from shared.policies.table import POLICIES
 from tests.shared.checkpoint import megatron_files
 from tests.shared.checkpoint.megatron_files import mixed, nested
+from tests.shared.checkpoint.test_mp_checkpoint import write_as_deepspeed
 from tests.tiny_models import KINDS, tiny_model
 
 TOKENS = torch.tensor([[5, 9, 300, 77, 12, 8, 260]])
@@ -152,6 +154,48 @@ def test_gpt2_as_megatron_writes_it(tmp_path: Path, version: float, monkeypatch:
     assert torch.equal(found, expected("gpt2"))
 
 
+# module -> DeepSpeed's, with w or b for the weight or the bias
+REPLACED = {
+    "ln_1": "norm_{}",
+    "input_layernorm": "norm_{}",
+    "ln_2": "mlp.attn_n{}",
+    "post_attention_layernorm": "mlp.attn_n{}",
+    "attn.c_attn": "attention.attn_qkv{}",
+    "self_attention.query_key_value": "attention.attn_qkv{}",
+    "attn.c_proj": "attention.attn_o{}",
+    "self_attention.dense": "attention.attn_o{}",
+    "mlp.c_fc": "mlp.inter_{}",
+    "mlp.dense_h_to_4h": "mlp.inter_{}",
+    "mlp.c_proj": "mlp.output_{}",
+    "mlp.dense_4h_to_h": "mlp.output_{}",
+}
+
+
+def as_injected(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Layers of a GPT-2 or BLOOM by DeepSpeed's names, linears [out, in]; and what lies on every rank."""
+    layers, rest = dict[str, Tensor](), dict[str, Tensor]()
+    for name, value in weights_of(kind).items():
+        found = re.fullmatch(r"(.*\.h\.\d+\.)(.*)\.(weight|bias)", name)
+        if found is None:
+            rest[name] = value
+            continue
+        layer, module, part = found.groups()
+        if ".c_" in module and value.dim() == 2:
+            value = value.T
+        if module.endswith("query_key_value"):  # head by head, of BLOOM
+            value = value.unflatten(0, (-1, 3, 16)).transpose(0, 1).flatten(0, 2)
+        layers[layer + REPLACED[module].format(part[0])] = value.contiguous()
+    return layers, rest
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_layers_that_deepspeed_s_kernels_replaced(tmp_path: Path, kind: str, ranks: int) -> None:
+    write_as_deepspeed(tmp_path, ranks, *as_injected(kind), in_int8=False)
+    found = logits(on_meta(kind), checkpoint=str(tmp_path), checkpoint_config={"allow_pickle": True})
+    assert torch.equal(found, expected(kind))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
 def test_what_is_saved_is_loaded_again(tmp_path: Path, kind: str, dtype: str) -> None:
@@ -213,6 +257,16 @@ def test_empty_parameters_stay_on_the_meta_device() -> None:
 
 
 # -- refusals
+
+
+def test_a_folder_of_pickle_is_read_if_that_is_allowed(tmp_path: Path) -> None:
+    torch.save(weights_of("llama"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((tiny_model("llama") / "config.json").read_bytes())
+    for injected in (True, False):
+        with pytest.raises(ModelError, match=r"pytorch_model\.bin\), which can run code .*checkpoint_config\.allow_pi"):
+            logits(tmp_path, kernel_inject=injected)
+        found = logits(tmp_path, kernel_inject=injected, checkpoint_config={"allow_pickle": True})
+        torch.testing.assert_close(found, expected(), rtol=1e-4, atol=1e-4)
 
 
 def test_errors_name_the_tensor_and_the_file(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from shared.engine.image_bindings import OPS, Binding, bindings
 from shared.module_graph import ModuleGraph
 from tests.tiny_pipelines import stable_diffusion, stable_diffusion_xl
 
+pytest.importorskip("diffusers")
+
 PROMPT = "a small boat"
 ALL_OURS = {op: Binding(op, "engine", "asked for") for op in OPS}
 
@@ -74,17 +76,20 @@ def test_what_is_used_is_in_a_table() -> None:
     expected = images(pipeline)
     engine = init_inference(pipeline, kernel_inject=True, dtype="fp32")
     assert difference(images(engine), expected) < 1e-4
-    table = engine._injection.pipeline.bindings  # type: ignore[union-attr]
-    counts = {(model, binding.op): count for (model, binding), count in table.items()}
+    table = engine.bindings()
+    counts = {(model, op): count for model, op, _, count in table}
     # 8 attentions and 4 feed-forwards of 4 blocks; 8 residual blocks; a norm before each block, and the last one
     assert counts["unet", "attention"] == 8
     assert counts["unet", "activation"] == 4
     assert counts["unet", "layer_norm"] == 12
-    assert counts["unet", "group_norm"] == 2 * 8 + 4 + 1
+    assert counts["unet", "group_norm_silu"] == 2 * 8 + 1
+    assert counts["unet", "group_norm"] == 4
     assert counts["unet", "linear"] == 4 * (2 + 3) + 4 * 2
     assert counts["vae", "attention"] == 2
-    assert counts["vae", "group_norm"] == 2 * 10 + 2 + 2
-    assert {binding for _, binding in table} <= set(bindings("cpu", torch.float32).values())
+    assert counts["vae", "group_norm_silu"] == 2 * 10 + 2
+    assert counts["vae", "group_norm"] == 2
+    whose = {binding.op: binding.implementation for binding in bindings("cpu", torch.float32).values()}
+    assert {op: implementation for _, op, implementation, _ in table} == whose
     left = [type(part) for model in (engine.unet, engine.vae) for part in model.modules()]
     assert not {nn.GroupNorm, nn.LayerNorm} & set(left)
 
@@ -278,7 +283,7 @@ def test_models_are_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(diffusion, "ModuleGraph", Spy)
     Spy.calls = []
     for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        diffusion.capture(model)
+        diffusion.capture(model.requires_grad_(False))
     assert torch.equal(images(pipeline), expected)
     # two prompts, the one and the empty one; two steps; an image
     assert len(Spy.calls) == 2 + 2 + 1

@@ -28,12 +28,12 @@ def injected(model: Any, **options: Any) -> InferenceEngine:
     return init_inference(model, **{"dtype": "float32", "kernel_inject": True, "max_tokens": 64, **options})
 
 
-def tiny(kind: str) -> PreTrainedModel:
+def tiny(kind: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_model(kind), dtype=torch.float32)
 
 
 @torch.inference_mode()
-def check_equal(engine: InferenceEngine, reference: PreTrainedModel, tolerance: float = 1e-4) -> None:
+def check_equal(engine: InferenceEngine, reference: Any, tolerance: float = 1e-4) -> None:
     expected = reference(TOKENS).logits
     assert expected.std() > 0.3, "flat logits would prove nothing"
     torch.testing.assert_close(engine(TOKENS).logits, expected, rtol=tolerance, atol=tolerance)
@@ -84,7 +84,7 @@ def test_a_folder_of_a_family_that_nobody_knows(internlm2: Path) -> None:
 
 
 def test_without_the_policy_it_is_refused_by_name(internlm2: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="model_type: 'internlm2'"):
+    with pytest.raises(UnsupportedModelError, match=r"'internlm2' is none of .*, and transformers has no class"):
         injected(internlm2)
 
 
@@ -135,9 +135,11 @@ def qwen_folder(folder: Path) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             nn.init.uniform_(parameter, 0.5, 1.5)
-    state = model.state_dict()
+    state: dict[str, Tensor] = model.state_dict()
     renamed = {"model.embed_tokens.weight": "transformer.wte.weight", "model.norm.weight": "transformer.ln_f.weight"}
-    found = {renamed.get(name, name): value for name, value in state.items() if ".layers." not in name}
+    found: dict[str, Tensor] = {
+        renamed.get(name, name): value for name, value in state.items() if ".layers." not in name
+    }
     for layer in range(2):
         old, new = f"model.layers.{layer}.", f"transformer.h.{layer}."
         for kind in ("weight", "bias"):

@@ -29,6 +29,7 @@ LAYOUTS = {
     "bfloat16 to fp8": (BASE, replace(BASE, dtype="fp8")),
     "int8 to bfloat16": (replace(BASE, dtype="int8"), BASE),
     "float32 to bfloat16": (replace(BASE, dtype="float32"), BASE),
+    "float16 to bfloat16": (replace(BASE, dtype="float16"), BASE),
     "a slice of the heads": (BASE, replace(BASE, first_kv_head=1, num_kv_heads=2)),
     "all at once": (BASE, replace(BASE, dtype="int8", block_tokens=8, first_kv_head=2, num_kv_heads=2)),
 }
