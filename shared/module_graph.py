@@ -65,7 +65,9 @@ class ModuleGraph(nn.Module):
         self._capturer = capturer or CudaCapturer()
         self._graphs: dict[Hashable, _Captured] = {}
 
-    @torch.inference_mode()
+    # a part's results go on through the rest of the model, in whatever mode that runs: they are ordinary tensors
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = pytree.tree_flatten((args, kwargs))
         device_type = self._capturer.device_type

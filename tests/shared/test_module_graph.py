@@ -128,6 +128,18 @@ def test_a_result_is_not_overwritten_by_a_later_call(capturer: CpuCapturer) -> N
     assert torch.equal(result["x"], first + 1)
 
 
+def test_calls_in_and_out_of_inference_mode_share_a_graph(capturer: CpuCapturer) -> None:
+    module = Twofold()
+    graph, x = ModuleGraph(module, capturer), torch.randn(3, 8)
+    with torch.inference_mode():
+        first = graph(x + 0)
+    second = graph(x)
+    assert torch.equal(second["y"], first["y"])
+    assert not second["y"].is_inference()
+    module.linear(second["y"]).sum().backward()  # the rest of a model may have gradients
+    assert len(capturer.num_warm_ups) == 1
+
+
 def test_the_graphs_used_last_are_kept(capturer: CpuCapturer) -> None:
     graph = ModuleGraph(Twofold(), capturer)
     for rows in (*range(1, 9), 1, 9):  # 2 is now the one that was not used for longest
