@@ -18,7 +18,7 @@ _ON_A_CPU = {
     "penalties": "numpy, in shared/penalties.py: the host samples",
     "quantization": "torch, when weights are loaded",
 }
-_NO_OPS = ("bindings", "blocks", "device", "experts", "kv_format")
+_NO_OPS = ("bindings", "blocks", "device", "dtypes", "experts", "kv_format")
 # Their bfloat16 products are dot products of pairs where the CPU has them.
 _PAIRS = {"linear": "linear_pairs.c", "moe": "linear_pairs.c", "attention": "attention.c"}
 
