@@ -465,7 +465,8 @@ async def test_a_merged_stream_reads_no_further_ahead_than_its_bound() -> None:
         ("POST", "/v1/completions", b"{", 400),
         ("POST", "/v1/completions", b'{"prompt": "%b"}' % (b"x" * MAX_BODY_BYTES), 413),
         ("GET", "/v1/completions", b"", 405),
-        ("POST", "/v1/embeddings", b"{}", 404),
+        ("POST", "/v1/embeddings", b"{}", 400),
+        ("POST", "/v1/images/generations", b"{}", 404),
     ],
 )
 async def test_requests_that_never_reach_the_gateway(
