@@ -139,6 +139,8 @@ def _causal_lm(given: Given, config: InferenceConfig, device: str) -> Injection:
         raise ValueError("triangular_masking: false, and a decoder's tokens attend to no later ones; leave it out")
     policy, given = _policy(given, config)
     architecture = policy.architecture(given.fields)
+    if architecture.experts and not config.moe.enabled:
+        raise ValueError("moe.enabled: false, and the model has experts; leave it out")
     module = _generating(given)
     if policy.kind != "decoder" or not module.can_generate():
         raise UnsupportedModelError("architectures", f"{type(module).__name__} is no causal language model")

@@ -191,3 +191,11 @@ def test_graphs_on_a_cuda_device_change_nothing(inject: bool) -> None:
         torch.testing.assert_close(first.logits, model(ids).logits, atol=1e-2, rtol=1e-2)
     out = engine.generate(prompts().cuda(), max_new_tokens=8, do_sample=False)
     assert torch.equal(out, model.generate(prompts().cuda(), max_new_tokens=8, do_sample=False))
+
+
+def test_what_a_model_contradicts_is_refused() -> None:
+    with pytest.raises(ValueError, match="triangular_masking: false, and a decoder's tokens attend to no later ones"):
+        init_inference(tiny_model("llama"), kernel_inject=True, dtype="float32", triangular_masking=False)
+    with pytest.raises(ValueError, match=r"moe\.enabled: false, and the model has experts"):
+        init_inference(tiny_model("mixtral"), kernel_inject=True, dtype="float32", moe=False)
+    init_inference(tiny_model("llama"), kernel_inject=True, dtype="float32", moe=False).destroy()
