@@ -22,6 +22,7 @@ from tandem.v1 import decode_pb2, inference_pb2, kv_pb2, prefill_pb2, types_pb2,
 
 from tests.cluster import Cluster
 from tests.e2e.faults import ask, failure, prompt
+from tests.tiny_encoders import tiny_encoder
 from tests.workers import sampling
 
 Code = grpc.StatusCode
@@ -128,6 +129,12 @@ async def service(tiny_model: Callable[[str], Path]) -> AsyncIterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(scope="module")
+async def embedder() -> AsyncIterator[Cluster]:
+    async with Cluster(model=str(tiny_encoder()), prefill=1, decode=0, settings={"dtype": "float32"}) as cluster:
+        yield cluster
+
+
 def valid_messages(info: worker_pb2.GetInfoResponse, rng: random.Random) -> dict[str, list[Message]]:
     """For each method, requests that are right; for Decode, the messages of a whole stream."""
     token_ids = prompt(rng.choice((5, 16, 40)), rng.randrange(100))
@@ -139,7 +146,8 @@ def valid_messages(info: worker_pb2.GetInfoResponse, rng: random.Random) -> dict
         "output_indices": range(resolved.n),
     }
     chat = inference_pb2.ChatMessages(messages=[inference_pb2.ChatMessage(role="user", content="Hello")])
-    blocks = range(1, 1 + -(-len(token_ids) // info.layout.block_tokens))
+    # of a model that embeds there is no layout
+    blocks = range(1, 1 + -(-len(token_ids) // (info.layout.block_tokens or 16)))
     extent = kv_pb2.KvExtent(
         kv_endpoint=info.kv_endpoint,
         epoch=info.epoch,
@@ -160,7 +168,24 @@ def valid_messages(info: worker_pb2.GetInfoResponse, rng: random.Random) -> dict
         "Tokenize": [inference_pb2.TokenizeRequest(messages=chat)],
         "Detokenize": [inference_pb2.DetokenizeRequest(token_ids=token_ids)],
         "ListModels": [inference_pb2.ListModelsRequest()],
+        "Embed": [
+            inference_pb2.EmbedRequest(
+                inputs=[
+                    inference_pb2.EmbedInput(text="Hello"),
+                    inference_pb2.EmbedInput(token_ids=inference_pb2.TokenIds(ids=token_ids)),
+                ],
+                dimensions=8,
+            )
+        ],
         "Prefill": [prefill_pb2.PrefillRequest(**common, attempt=1)],
+        "EmbedTokens": [
+            prefill_pb2.EmbedTokensRequest(
+                request_id=request_id,
+                attempt=1,
+                sequences=[prefill_pb2.TokenSequence(token_ids=token_ids)],
+                normalize=True,
+            )
+        ],
         "Decode": [
             decode_pb2.DecodeRequest(admit=decode_pb2.Admit(**common)),
             decode_pb2.DecodeRequest(import_blocks=decode_pb2.ImportBlocks(attempt=1, extent=extent)),
@@ -263,6 +288,36 @@ async def test_any_message(service: Cluster, who: str, method: MethodDescriptor,
     assert [m.pid for m in service.members if m.alive] == pids
     assert not [line for line in service.log[seen:] if "incident" in line or "Traceback" in line]
     assert (await service.generate(probe)).outputs == expected.outputs
+
+
+@pytest.mark.parametrize("cases", CASES)
+@pytest.mark.parametrize(
+    ("who", "method"), [one for one in METHODS if one.values[1].name in ("Embed", "EmbedTokens", "Tokenize")]
+)
+async def test_any_message_to_what_embeds(embedder: Cluster, who: str, method: MethodDescriptor, cases: range) -> None:
+    member = {"gateway": embedder.gateway, "prefill": embedder.prefill[0]}[who]
+    pids = [m.pid for m in embedder.members]
+    seen = len(embedder.log)
+    probe = inference_pb2.EmbedRequest(inputs=[inference_pb2.EmbedInput(text="Paris is the capital of France.")])
+    expected = (await embedder.stub.Embed(probe)).embeddings
+    info = await embedder.info(embedder.prefill[0])
+    gate = asyncio.Semaphore(AT_ONCE)
+    kind = GetMessageClass(method.input_type)
+    codes = set[grpc.StatusCode]()
+
+    async def one(number: int) -> None:
+        rng = random.Random(f"{who} {method.name} {number}")
+        request = message(kind, rng) if number % 3 == 0 else mutated(valid_messages(info, rng)[method.name][0], rng)
+        async with gate:
+            code = await outcome(embedder.channel(member.grpc), method, [request])
+        codes.add(code)
+        assert code in TOLD, f"case {number}: {code} for {request}"
+
+    await asyncio.gather(*(one(number) for number in cases))
+    assert {Code.OK, Code.INVALID_ARGUMENT} <= codes
+    assert [m.pid for m in embedder.members if m.alive] == pids
+    assert not [line for line in embedder.log[seen:] if "incident" in line or "Traceback" in line]
+    assert (await embedder.stub.Embed(probe)).embeddings == expected
 
 
 async def test_an_error_that_quotes_much(service: Cluster) -> None:

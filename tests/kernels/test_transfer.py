@@ -19,6 +19,8 @@ TRITON = pytest.mark.parametrize(
 SOURCE = pytest.mark.parametrize("source_dtype", ELEMENTS)
 TARGET = pytest.mark.parametrize("target_dtype", ELEMENTS)
 POISON = 0xA5
+# numpy's, of the interpreter: what is too large for float16 becomes infinity, as it should
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def filled(form: KvFormat, num_blocks: int) -> Tensor:
@@ -217,7 +219,6 @@ def test_every_element_is_widened(on: str, source_dtype: str, target_dtype: str)
     assert_whole_block(on, form, source, target_dtype)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
 @SOURCE
 @TARGET
 def test_what_is_no_finite_number_stays_none(on: str, source_dtype: str, target_dtype: str) -> None:
