@@ -12,7 +12,6 @@ _LAYER = "transformer.h.{layer}."
 
 
 def _rest(fields: Fields) -> Mapping[str, object]:
-    # older configs call it n_embed
     return {"alibi_slopes": alibi_slopes(fields.integer("num_attention_heads"))}
 
 
@@ -20,8 +19,9 @@ BLOOM = Policy(
     family="bloom",
     base="transformer",
     fields={
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
+        "hidden_size": ("hidden_size", "n_embed"),
+        "num_hidden_layers": ("n_layer", "num_hidden_layers"),
+        "num_attention_heads": ("n_head", "num_attention_heads"),
         "rms_norm_eps": "layer_norm_epsilon",
         "max_position_embeddings": "seq_length",
     },

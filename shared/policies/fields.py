@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from shared.model_files import ModelError
 
 Config = Mapping[str, object]
+Renamed = Mapping[str, str | tuple[str, ...]]
 
 
 class UnsupportedModelError(ModelError):
@@ -30,19 +31,24 @@ class Setting:
 class Fields:
     """A config of a family. Null is a value of its own: it takes the derived default, not the family's.
 
-    renamed: the common name of a field, which is what the readers ask for -> the family's own.
+    renamed: the common name of a field, which is what the readers ask for -> the family's own, or those that it has
+    had, the one of today first.
     """
 
-    def __init__(self, values: Config, renamed: Mapping[str, str] | None = None, prefix: str = "") -> None:
+    def __init__(self, values: Config, renamed: Renamed | None = None, prefix: str = "") -> None:
         self.values, self.renamed, self.prefix = values, renamed or {}, prefix
 
     def name(self, field: str) -> str:
         """As errors call it."""
-        return self.prefix + self.renamed.get(field, field)
+        return self.prefix + self._names(field)[0]
 
     def get(self, field: str, default: object = None) -> object:
-        value = self.values.get(self.renamed.get(field, field))
-        return default if value is None else value
+        given = (self.values.get(name) for name in self._names(field))
+        return next((value for value in given if value is not None), default)
+
+    def _names(self, field: str) -> tuple[str, ...]:
+        names = self.renamed.get(field, field)
+        return (names,) if isinstance(names, str) else names
 
     def integer(self, field: str, default: int | None = None) -> int:
         value = self.get(field, default)

@@ -4,6 +4,7 @@
     columns("c_attn.weight")                   stored [in, out], as GPT-2's Conv1D keeps it: transposed
     grouped("query_key_value.weight")          fused by key-value head: its queries, its key, its value; then the next
     product("embed.weight", "project.weight")  their matrix product, float32: the second [hidden, width] lifts the first
+    lifted("head.weight", "project.weight")    the same, of a second [width, hidden]
     stacked("experts.gate_up_proj")            [experts, out, in] in one tensor
     shaped("patch_embedding.weight")           as many values in the same order, under other dimensions
     ones()                                     nothing: the weight of a norm that has none

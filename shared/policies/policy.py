@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shared.models.architecture import Activation, Architecture
-from shared.policies.fields import Config, Fields, Setting, UnsupportedModelError
+from shared.policies.fields import Config, Fields, Renamed, Setting, UnsupportedModelError
 from shared.policies.names import Names
 from shared.policies.positions import rope_of, windows_by_layer
 
@@ -31,7 +31,7 @@ class Policy:
 
     `names`: our parameter -> where it lies in the checkpoint; a name may come without `base` and a dot before it, as
     those of a model without its head do. `ignored`: patterns of names that may be there and are not read.
-    `fields`: the common name of a config field -> the family's own, where it has another.
+    `fields`: the common name of a config field -> the family's own, where it has another, or those it has had.
     `defaults`: what the family's own config class takes for a field that config.json leaves out.
     `record`: what the architecture record has beside the common fields; a Setting is read from the config.
     `rest`: what of the record a table cannot say, as values by name.
@@ -44,7 +44,7 @@ class Policy:
     names: Names
     base: str = "model"
     ignored: tuple[str, ...] = ()
-    fields: Mapping[str, str] = field(default_factory=dict)
+    fields: Renamed = field(default_factory=dict)
     defaults: Config = field(default_factory=dict)
     record: Mapping[str, object] = field(default_factory=dict)
     rest: Callable[[Fields], Mapping[str, object]] | None = None

@@ -208,3 +208,11 @@ def test_longrope_serves_what_its_short_factors_do() -> None:
     config = {**BASE, "model_type": "phi3", "original_max_position_embeddings": 1024, "rope_parameters": parameters}
     architecture = architecture_of({**config, "rms_norm_eps": 1e-5})
     assert architecture.max_context == 1024, "of a config's 8192"
+
+
+def test_bloom_as_its_first_configs_have_it() -> None:
+    old = {"model_type": "bloom", "n_embed": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 384}
+    new = {"model_type": "bloom", "hidden_size": 96, "n_layer": 3, "n_head": 6, "vocab_size": 384}
+    assert architecture_of(old) == architecture_of(new)
+    with pytest.raises(UnsupportedModelError, match=r"config\.json: n_head: wants a whole number, has None"):
+        architecture_of({**new, "n_head": None})
