@@ -22,7 +22,7 @@ class ExpertWeights:
     Raises ValueError for another number of them, for weights that differ in shape or dtype, and what LinearWeight does.
     """
 
-    FIELDS = ("packed", "scale", "offset")  # of `tensors`
+    FIELDS = ("packed", "scale", "offset", "how")  # of `tensors`
 
     def __init__(self, weights: Iterable[Tensor], num_experts: int, quantization: Quantization | None = None) -> None:
         self._pack((LinearWeight(weight, None, quantization) for weight in weights), num_experts)
@@ -80,7 +80,7 @@ class ExpertWeights:
     @property
     def num_bytes(self) -> int:
         """Of all experts: a row reads what its own have of it."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+        return self.num_experts * self.first.num_bytes
 
     def expert(self, index: int) -> LinearWeight:
         """One expert's weight, over the same memory."""
@@ -93,7 +93,7 @@ class ExpertWeights:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> ExpertWeights:
-        """The weights that `tensors` came from on a CPU, over the same memory. Raises KeyError if they came from none.
+        """The weights that `tensors` came from, over the same memory. Raises KeyError if they came from none.
 
         shape: [experts, out, in]; dtype: as they had it.
         """

@@ -33,7 +33,7 @@ from torch.nn import functional
 from kernels.cpu import library, panels
 from kernels.device import in_triton
 from kernels.dtypes import CODES
-from kernels.quantization import Integers, Quantization, floats_of, quantization_of, quantize
+from kernels.quantization import Integers, Quantization, floats_of, quantize
 
 _INTEGERS = {8: 2, 4: 3}  # dtypes of panels of so many bits
 _PACKINGS = {"panels": "panels, float32 products", "pairs": "pairs, bfloat16 products", "rows": "rows, Triton"}
@@ -47,7 +47,7 @@ class LinearWeight:
     Raises ValueError for a weight, bias or group that breaks the contract.
     """
 
-    FIELDS = ("packed", "scale", "offset", "bias")  # of `tensors`
+    FIELDS = ("packed", "scale", "offset", "bias", "how")  # of `tensors`
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, quantization: Quantization | None = None) -> None:
         if weight.dim() != 2 or not weight.shape[1] or weight.dtype not in CODES:
@@ -111,23 +111,21 @@ class LinearWeight:
         return f"{str(self.dtype).removeprefix('torch.')} {_PACKINGS[self._packing]}"
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it is made of, to be stored."""
-        fields = {field: getattr(self, field) for field in self.FIELDS}
-        return {field: tensor for field, tensor in fields.items() if tensor is not None}
+        """What it is made of, to be stored; `how`, on a CPU, is its quantization."""
+        how = None if self.quantization is None else self.quantization.as_tensor()
+        fields = zip(self.FIELDS, (self.packed, self.scale, self.offset, self.bias, how), strict=True)
+        return {field: tensor for field, tensor in fields if tensor is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> LinearWeight:
-        """The weight that `tensors` came from on a CPU, over the same memory. Raises KeyError if it came from none.
+        """The weight that `tensors` came from, over the same memory. Raises KeyError if it came from none.
 
         shape: [out, in]; dtype: as it had it.
         """
         weight = cls.__new__(cls)
         weight.packed = tensors["packed"]
-        weight.scale, weight.offset, weight.bias = (tensors.get(field) for field in cls.FIELDS[1:])
-        quantization = None
-        if weight.scale is not None:
-            bits = 4 if weight.packed.dtype == torch.int32 else 8
-            quantization = quantization_of(bits, shape[1], weight.scale, weight.offset)
+        weight.scale, weight.offset, weight.bias = (tensors.get(field) for field in ("scale", "offset", "bias"))
+        quantization = None if weight.scale is None else Quantization.of_tensor(tensors["how"])
         weight._take_shape(shape, dtype, quantization, packing(dtype, weight.packed))
         return weight
 

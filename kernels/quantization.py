@@ -55,6 +55,18 @@ class Quantization:
         """int8, int4, fp8 or fp6."""
         return _FORMS[self.bits, self.floating]
 
+    def as_tensor(self) -> Tensor:
+        """int64 [5], to be stored beside what it says of."""
+        return torch.tensor([self.bits, self.group or 0, self.symmetric, self.floating, self.dynamic])
+
+    @classmethod
+    def of_tensor(cls, stored: Tensor) -> Quantization:
+        """What gave this tensor. ValueError for another."""
+        if stored.shape != (5,):
+            raise ValueError(f"a quantization is stored as 5 numbers, got {list(stored.shape)}")
+        bits, group, symmetric, floating, dynamic = stored.tolist()
+        return cls(bits, group or None, bool(symmetric), bool(floating), bool(dynamic))
+
 
 @dataclass(frozen=True)
 class Integers:
@@ -76,7 +88,9 @@ class Integers:
     @property
     def quantization(self) -> Quantization:
         """How it was made: what another weight must have been to be joined to it."""
-        return quantization_of(self.bits, self.values.shape[1], self.scale, self.offset)
+        groups = self.scale.shape[1]
+        group = None if groups == 1 else self.values.shape[1] // groups
+        return Quantization(self.bits, group, self.offset is None)
 
 
 class Quantized(NamedTuple):
@@ -85,12 +99,6 @@ class Quantized(NamedTuple):
     values: Tensor
     scale: Tensor
     offset: Tensor | None
-
-
-def quantization_of(bits: Literal[8, 4], in_features: int, scale: Tensor, offset: Tensor | None) -> Quantization:
-    """How integers were made; scale [outputs or panels, groups, ...]."""
-    groups = scale.shape[1]
-    return Quantization(bits, None if groups == 1 else in_features // groups, offset is None)
 
 
 def quantize(weight: Tensor, quantization: Quantization) -> Quantized:

@@ -19,7 +19,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 # Raised whenever the kernels come to pack a weight in another way.
-FORMAT = 2
+FORMAT = 3
 # What a model's files must hold for it: smaller models are packed faster than a file is written.
 MIN_BYTES = 16 << 20
 

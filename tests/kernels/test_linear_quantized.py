@@ -154,6 +154,29 @@ def test_a_step_reads_half_and_a_quarter_of_the_bytes() -> None:
     )
 
 
+@BITS
+@KINDS
+@SHAPES
+def test_a_weight_comes_back_from_its_tensors(
+    outputs: int, inputs: int, group: int | None, bits: int, symmetric: bool
+) -> None:
+    weight, bias = make(outputs, inputs)
+    packed = LinearWeight(weight, bias, Quantization(bits, group, symmetric))
+    stored = packed.tensors()
+    assert set(stored) <= set(LinearWeight.FIELDS)
+    again = LinearWeight.from_tensors(stored, (outputs, inputs), weight.dtype)
+    assert again.quantization == packed.quantization
+    assert (again.group, again.description, again.num_bytes) == (packed.group, packed.description, packed.num_bytes)
+    assert again.packed.data_ptr() == packed.packed.data_ptr(), "over the same memory"
+    assert torch.equal(again.dequantize(), packed.dequantize())
+    x = torch.randn(3, inputs)
+    assert torch.equal(linear(x, again), linear(x, packed))
+    for lacking in ("packed", "how"):
+        with pytest.raises(KeyError, match=lacking):
+            parts = {field: part for field, part in stored.items() if field != lacking}
+            LinearWeight.from_tensors(parts, (outputs, inputs), weight.dtype)
+
+
 @pytest.mark.skipif(not has_pairs(torch.bfloat16), reason="this CPU has no dot products of bfloat16 pairs")
 @BITS
 @KINDS

@@ -126,6 +126,17 @@ def test_bits_that_may_depend_on_others_are_left_to_cublas(device: str, rows: in
     assert torch.equal(linear(x, quantized, own_bits=False), linear(x, quantized))
 
 
+@FORMS
+def test_a_weight_comes_back_from_its_tensors(device: str, how: Quantization | None) -> None:
+    weight, bias = make(20, 96, torch.bfloat16, device)
+    packed = LinearWeight(weight, bias, how)
+    again = LinearWeight.from_tensors(packed.tensors(), weight.shape, weight.dtype)
+    assert again.quantization == how
+    assert (again.description, again.num_bytes) == (packed.description, packed.num_bytes)
+    x = torch.randn(2, 96).to(device, torch.bfloat16)
+    assert torch.equal(linear(x, again), linear(x, packed))
+
+
 def test_integers_of_a_file_are_taken_as_they_are(device: str) -> None:
     values = torch.randint(-8, 8, (20, 64), dtype=torch.int8, device=device)
     scale = torch.rand(20, 2, device=device)
