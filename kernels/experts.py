@@ -1,4 +1,4 @@
-"""The weights of one linear layer of every expert, packed side by side for the ops of kernels/moe.py.
+"""Weights and biases of one linear layer of every expert, packed side by side for the ops of kernels/moe.py.
 
 Each expert's is packed as kernels/linear.py packs one, quantized if asked, and multiplied to the same bits. On CUDA it
 lies as the Triton kernel reads it, [experts, out, in], and is not quantized: that kernel has no integers.
@@ -6,6 +6,7 @@ lies as the Triton kernel reads it, [experts, out, in], and is not quantized: th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -19,19 +20,30 @@ class ExpertWeights:
     """Weights [experts, out, in], packed one by one as they come: those of a generator are never all in memory.
 
     weights: of each expert, in order, [out, in]; the copy replaces the originals, which may be freed.
+    bias: [experts, out] of their dtype, or None.
     Raises ValueError for another number of them, for weights that differ in shape or dtype, and what LinearWeight does.
     """
 
-    FIELDS = ("packed", "scale", "offset", "how")  # of `tensors`
+    FIELDS = ("packed", "scale", "offset", "bias", "how")  # of `tensors`
 
-    def __init__(self, weights: Iterable[Tensor], num_experts: int, quantization: Quantization | None = None) -> None:
-        self._pack((LinearWeight(weight, None, quantization) for weight in weights), num_experts)
+    def __init__(
+        self,
+        weights: Iterable[Tensor],
+        num_experts: int,
+        quantization: Quantization | None = None,
+        *,
+        bias: Tensor | None = None,
+    ) -> None:
+        biases = _each(bias, num_experts)
+        self._pack((LinearWeight(weight, next(biases), quantization) for weight in weights), num_experts)
 
     @classmethod
-    def of_integers(cls, integers: Iterable[Integers], num_experts: int, dtype: torch.dtype) -> ExpertWeights:
-        """Weights that come quantized, all alike. dtype: of x."""
-        weights = cls.__new__(cls)
-        weights._pack((LinearWeight.of_integers(one, None, dtype) for one in integers), num_experts)
+    def of_integers(
+        cls, integers: Iterable[Integers], num_experts: int, dtype: torch.dtype, *, bias: Tensor | None = None
+    ) -> ExpertWeights:
+        """Weights that come quantized, all alike. dtype: of x, and of bias."""
+        weights, biases = cls.__new__(cls), _each(bias, num_experts)
+        weights._pack((LinearWeight.of_integers(one, next(biases), dtype) for one in integers), num_experts)
         return weights
 
     def _pack(self, linears: Iterator[LinearWeight], num_experts: int) -> None:
@@ -69,6 +81,11 @@ class ExpertWeights:
         return self._tensors["packed"]
 
     @property
+    def bias(self) -> Tensor | None:
+        """[experts, out]."""
+        return self._tensors.get("bias")
+
+    @property
     def quantization(self) -> Quantization | None:
         return self.first.quantization
 
@@ -100,3 +117,10 @@ class ExpertWeights:
         weights = cls.__new__(cls)
         weights._take(tensors, shape, dtype)
         return weights
+
+
+def _each(bias: Tensor | None, num_experts: int) -> Iterator[Tensor | None]:
+    """Of each expert, and None for those that there should not be."""
+    if bias is not None and (bias.dim() != 2 or len(bias) != num_experts):
+        raise ValueError(f"bias must be of {num_experts} experts, [experts, out], got {list(bias.shape)}")
+    return itertools.chain(() if bias is None else bias, itertools.repeat(None))

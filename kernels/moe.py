@@ -2,8 +2,10 @@
 
     gating:   score = softmax(logits) or sigmoid(logits);  weights = the k best, perhaps divided by their sum
     routing:  the pairs of each expert, side by side
-    linear:   y[pair] = x[row of pair] @ weight[expert of pair].T * weight of pair
-    combine:  out[token] = y[first pair of token] + ... + y[its last pair] (+ sigmoid(shared_gate) * shared)
+    linear:   y[pair] = (x[row of pair] @ weight[expert of pair].T + its bias) * weight of pair
+    combine:  sum[token] = y[first pair of token] + ... + y[its last pair]
+              out[token] = sum (+ sigmoid(shared_gate) * shared), or
+                           sum * a + shared * b, where a, b = softmax(shared_gate)
 
                                                               (Shazeer et al. 2017, arXiv:1701.06538)
 
@@ -13,7 +15,8 @@ pair     token * k + choice: what one expert computes for one token
 x        [tokens, in_features], or [tokens * k, in_features], a row for each pair
 weight   [experts, out_features, in_features] of x's dtype, packed once into ExpertWeights, perhaps quantized
 y        [tokens * k, out_features]
-shared   [tokens, out_features]: what an expert answered that every token goes to (Qwen2-MoE, arXiv:2407.10671)
+shared   [tokens, out_features]: what an expert answered that every token goes to (Qwen2-MoE, arXiv:2407.10671), weighed
+         by a gate of its own or against the others (residual MoE: Rajbhandari et al. 2022, arXiv:2201.05596)
 out      [tokens, out_features]
 
 All contiguous. float32 inside, rounded once by each op. The bits of a token or pair depend on that one alone, for one
@@ -112,9 +115,12 @@ def routing_size(num_pairs: int, num_experts: int, block_rows: int = BLOCK_ROWS)
     return sum(_routing_parts(num_pairs, num_experts, block_rows))
 
 
-def route(experts: Tensor, num_experts: int, block_rows: int = BLOCK_ROWS, *, out: Tensor | None = None) -> Routing:
+def route(
+    experts: Tensor, num_experts: int, block_rows: int = BLOCK_ROWS, *, first: int = 0, out: Tensor | None = None
+) -> Routing:
     """Sorts pairs by expert. experts: int32 [tokens, k]; out: int32 [routing_size(...)], the memory of the result.
 
+    first: the number that the first of the experts goes by; pairs of other numbers are nobody's here.
     A Routing has as many rows as the pairs could need at most, so the host need not know how they fell.
     Raises ValueError when an argument breaks the contract.
     """
@@ -124,6 +130,8 @@ def route(experts: Tensor, num_experts: int, block_rows: int = BLOCK_ROWS, *, ou
         raise ValueError(f"num_experts must be from 1 to {MAX_EXPERTS}, got {num_experts}")
     if block_rows not in (16, 32, 64, 128):
         raise ValueError(f"block_rows must be 16, 32, 64 or 128, got {block_rows}")
+    if first < 0:
+        raise ValueError(f"first must be 0 or more, got {first}")
     parts = _routing_parts(experts.numel(), num_experts, block_rows)
     out = _out("out", out, (sum(parts),), (torch.int32,), experts)
     rows, blocks, counts, offsets = out.split(parts)
@@ -132,11 +140,11 @@ def route(experts: Tensor, num_experts: int, block_rows: int = BLOCK_ROWS, *, ou
     if in_triton("route", experts):
         from kernels.cuda.moe import route as launch
 
-        launch(routing)
+        launch(routing, first)
     else:
         library.call("tandem_route",
             experts.data_ptr(), rows.data_ptr(), blocks.data_ptr(), counts.data_ptr(), offsets.data_ptr(),
-            experts.numel(), len(blocks) * block_rows, num_experts, block_rows,
+            experts.numel(), len(blocks) * block_rows, num_experts, block_rows, first,
         )  # fmt: skip
     return routing
 
@@ -175,7 +183,7 @@ def grouped_linear(
     if in_triton("grouped_linear", x):
         from kernels.cuda.moe import grouped_linear as launch
 
-        launch(x, weight.packed, routing, pair_weights, out)
+        launch(x, weight.packed, weight.bias, routing, pair_weights, out)
     elif c_linear(
         "tandem_grouped_linear", x, weight.first, out,
         routing.sorted_pairs.data_ptr(), routing.counts.data_ptr(), routing.offsets.data_ptr(), routing.num_experts,
@@ -197,8 +205,9 @@ def combine(
 
     The weights are in y already: `grouped_linear` has a pair's sums in float32 when it multiplies by them, so that
     costs no rounding.
-    shared: [tokens, width], of any of their dtypes, added last, times the sigmoid of shared_gate where there is one.
-    shared_gate: [tokens, 1], likewise, logits.
+    shared: [tokens, width], of any of their dtypes, added last.
+    shared_gate: logits, likewise. [tokens, 1]: shared is multiplied by their sigmoid. [tokens, 2]: the sum and shared
+    are multiplied by their softmax.
     Raises ValueError when a tensor breaks the contract.
     """
     if y.dtype not in CODES or y.dim() != 2 or not y.is_contiguous():
@@ -208,7 +217,8 @@ def combine(
     if not 1 <= k <= MAX_CHOICES or len(y) % k:
         raise ValueError(f"k must be from 1 to {MAX_CHOICES} and divide the {len(y)} rows of y, got {k}")
     tokens, width = len(y) // k, y.shape[1]
-    for name, tensor, columns in (("shared", shared, width), ("shared_gate", shared_gate, 1)):
+    gates = 2 if shared_gate is not None and shared_gate.shape[-1:] == (2,) else 1
+    for name, tensor, columns in (("shared", shared, width), ("shared_gate", shared_gate, gates)):
         if tensor is not None:
             _out(name, tensor, (tokens, columns), tuple(CODES), y)
     if shared_gate is not None and shared is None:
@@ -222,7 +232,7 @@ def combine(
         dtypes = (0 if tensor is None else CODES[tensor.dtype] for tensor in (y, shared, shared_gate, out))
         library.call("tandem_combine",
             y.data_ptr(), _address(shared), _address(shared_gate), out.data_ptr(), tokens, width, k, *dtypes,
-            torch.get_num_threads(),
+            torch.get_num_threads(), gates,
         )  # fmt: skip
     return out
 
@@ -253,13 +263,16 @@ def route_reference(experts: Tensor, num_experts: int, block_rows: int = BLOCK_R
     return Routing(experts, sorted_pairs, block_experts, counts, offsets, block_rows)
 
 
-def grouped_linear_reference(x: Tensor, weight: Tensor, experts: Tensor, pair_weights: Tensor | None = None) -> Tensor:
+def grouped_linear_reference(
+    x: Tensor, weight: Tensor, experts: Tensor, pair_weights: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """The linear layers in plain torch, in the dtype of x. A pair whose expert there is not gets zeros."""
     of_pair = experts.flatten()
     rows = x if len(x) == len(of_pair) else x.repeat_interleave(experts.shape[1], 0)
     y = x.new_zeros(len(of_pair), weight.shape[1])
     for expert in range(len(weight)):
-        y[of_pair == expert] = rows[of_pair == expert] @ weight[expert].T
+        of_expert = rows[of_pair == expert] @ weight[expert].T
+        y[of_pair == expert] = of_expert if bias is None else of_expert + bias[expert]
     return y if pair_weights is None else y * pair_weights.view(-1, 1).to(x.dtype)
 
 
@@ -268,7 +281,12 @@ def combine_reference(y: Tensor, k: int, shared: Tensor | None = None, shared_ga
     total = y.unflatten(0, (len(y) // k, k)).sum(1)
     if shared is None:
         return total
-    return total + (shared if shared_gate is None else shared_gate.sigmoid() * shared)
+    if shared_gate is None:
+        return total + shared
+    if shared_gate.shape[1] == 1:
+        return total + shared_gate.sigmoid() * shared
+    own, others = shared_gate.softmax(-1).split(1, dim=1)
+    return total * own + shared * others
 
 
 def _routing_rows(num_pairs: int, num_experts: int, block_rows: int) -> int:

@@ -82,7 +82,7 @@ INLINE Linear linear_of(const Arg *a) {
 INLINE int64_t linear_threads(const Arg *a) { return a[6].i * a[7].i * a[8].i < 65536 ? 1 : a[14].i; }
 
 /* The jobs of a mixture of experts, and how many there are. After linear_of's arguments, whose rows are those of y and whose
- * weight is of all experts: the pairs of experts, how many each has and where they begin; experts; rows of y for each of x;
+ * weight and bias are of all experts: the pairs of experts, how many each has and where they begin; experts; rows of y for each of x;
  * what rows of y are multiplied by, or NULL; bytes of an expert's weight. */
 INLINE int64_t experts_of(const Arg *a, Linear *jobs) {
     const int32_t *pairs = a[15].p, *counts = a[16].p, *starts = a[17].p;
@@ -95,6 +95,7 @@ INLINE int64_t experts_of(const Arg *a, Linear *jobs) {
         job->w = (const char *)job->w + expert * a[21].i;
         if (job->scale) job->scale += scales;
         if (job->offset) job->offset += scales;
+        if (job->bias) job->bias = at(job->bias, expert * job->out, job->bias_dtype);
         job->rows = counts[expert], job->pairs = pairs + starts[expert], job->choices = a[19].i, job->factors = a[20].p;
     }
     return count;

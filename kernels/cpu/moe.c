@@ -80,14 +80,15 @@ int64_t tandem_top_k_gating(const Arg *a) {
 }
 
 /* experts of the pairs; sorted pairs, experts of blocks, counts, offsets, all to be written; pairs, rows, experts, rows of a
- * block. */
+ * block, the number of the first expert. */
 int64_t tandem_route(const Arg *a) {
     const int32_t *experts = a[0].p;
     int32_t *sorted = a[1].p, *of_block = a[2].p, *counts = a[3].p, *offsets = a[4].p;
     int64_t pairs = a[5].i, rows = a[6].i, num_experts = a[7].i, block_rows = a[8].i, next[MAX_EXPERTS];
+    uint32_t first = (uint32_t)a[9].i;
     for (int64_t expert = 0; expert < num_experts; expert++) counts[expert] = 0;
     for (int64_t pair = 0; pair < pairs; pair++)
-        if ((uint32_t)experts[pair] < num_experts) counts[experts[pair]]++;
+        if ((uint32_t)experts[pair] - first < num_experts) counts[(uint32_t)experts[pair] - first]++;
     for (int64_t row = 0; row < rows; row++) sorted[row] = -1;
     int64_t block = 0;
     for (int64_t expert = 0; expert < num_experts; expert++) {
@@ -99,24 +100,30 @@ int64_t tandem_route(const Arg *a) {
     offsets[num_experts] = (int32_t)(block * block_rows);
     while (block < rows / block_rows) of_block[block++] = -1;
     for (int64_t pair = 0; pair < pairs; pair++)
-        if ((uint32_t)experts[pair] < num_experts) sorted[next[experts[pair]]++] = (int32_t)pair;
+        if ((uint32_t)experts[pair] - first < num_experts) sorted[next[(uint32_t)experts[pair] - first]++] = (int32_t)pair;
     return 0;
 }
 
 typedef struct {
     const void *y, *shared, *shared_gate; /* the last two perhaps NULL */
     void *out;
-    int64_t tokens, width, choices, strip;
+    int64_t tokens, width, choices, strip, gates; /* logits of a gate: 1, or 2 */
     int y_dtype, shared_dtype, gate_dtype, out_dtype;
 } Combine;
 
 static void combine_token(const Combine *job, int64_t token) {
-    float gate = job->shared_gate ? sigmoid(read8(job->shared_gate, token, 1, job->gate_dtype)[0]) : 1.0f;
+    float own = 1.0f, gate = 1.0f;
+    if (job->shared_gate) {
+        v8 logits = read8(job->shared_gate, token * job->gates, job->gates, job->gate_dtype);
+        gate = sigmoid(job->gates == 2 ? logits[1] - logits[0] : logits[0]);
+        if (job->gates == 2) own = sigmoid(logits[0] - logits[1]);
+    }
     for (int64_t i = 0; i < job->width; i += VL) {
         int64_t n = job->width - i < VL ? job->width - i : VL, first = token * job->choices * job->width + i;
         vf sum = vf_read(job->y, first, n, job->y_dtype);
         for (int64_t choice = 1; choice < job->choices; choice++)
             sum += vf_read(job->y, first + choice * job->width, n, job->y_dtype);
+        if (job->gates == 2) sum *= own;
         if (job->shared) sum += gate * vf_read(job->shared, token * job->width + i, n, job->shared_dtype);
         vf_write(job->out, token * job->width + i, n, job->out_dtype, sum);
     }
@@ -128,10 +135,11 @@ static void combine_chunk(const void *argument, int64_t chunk) {
     for (int64_t token = chunk * job->strip; token < end; token++) combine_token(job, token);
 }
 
-/* y, shared or NULL, the logits of its gate or NULL, out; tokens, width, choices; dtypes of y, shared, gate and out; threads. */
+/* y, shared or NULL, the logits of its gate or NULL, out; tokens, width, choices; dtypes of y, shared, gate and out; threads;
+ * logits of a gate: 1, or 2 whose softmax weighs the sum and shared. */
 int64_t tandem_combine(const Arg *a) {
     Combine job = {
-        a[0].p, a[1].p, a[2].p, a[3].p, a[4].i, a[5].i, a[6].i, strip_of(a[5].i * a[6].i),
+        a[0].p, a[1].p, a[2].p, a[3].p, a[4].i, a[5].i, a[6].i, strip_of(a[5].i * a[6].i), a[12].i,
         (int)a[7].i, (int)a[8].i, (int)a[9].i, (int)a[10].i,
     };
     team_run(a[11].i, (job.tokens + job.strip - 1) / job.strip, combine_chunk, &job);

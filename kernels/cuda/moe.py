@@ -72,17 +72,17 @@ def _top_k_gating(
     tl.store(experts + token * CHOICES + slot, chosen_expert, slot < CHOICES)
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
-def _count(experts, counts, num_pairs, PAIRS: tl.constexpr):
+@triton.jit(do_not_specialize=["num_pairs", "first_expert"])
+def _count(experts, counts, num_pairs, first_expert, PAIRS: tl.constexpr):
     expert = tl.program_id(0)
     found = tl.zeros([PAIRS], tl.int32)
     for first in range(0, num_pairs, PAIRS):
         pair = first + tl.arange(0, PAIRS)
-        found += (tl.load(experts + pair, pair < num_pairs, other=-1) == expert).to(tl.int32)
+        found += (tl.load(experts + pair, pair < num_pairs, other=-1) == first_expert + expert).to(tl.int32)
     tl.store(counts + expert, tl.sum(found))
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_rows"])
+@triton.jit(do_not_specialize=["num_pairs", "num_rows", "first_expert"])
 def _place(
     experts,
     counts,
@@ -92,6 +92,7 @@ def _place(
     num_pairs,
     num_rows,
     num_experts,
+    first_expert,
     EXPERTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -108,7 +109,7 @@ def _place(
     if end > start and expert < num_experts:
         for first in range(0, num_pairs, PAIRS):
             pair = first + tl.arange(0, PAIRS)
-            mine = (tl.load(experts + pair, pair < num_pairs, other=-1) == expert).to(tl.int32)
+            mine = (tl.load(experts + pair, pair < num_pairs, other=-1) == first_expert + expert).to(tl.int32)
             tl.store(sorted_pairs + row + tl.cumsum(mine, 0) - 1, pair, mine != 0)
             row += tl.sum(mine)
     for first in range(row, end, PAIRS):  # pyright: ignore[reportArgumentType]
@@ -123,6 +124,7 @@ def _place(
 def _grouped_linear(
     x,
     weight,
+    bias,
     sorted_pairs,
     block_experts,
     pair_weights,
@@ -134,6 +136,7 @@ def _grouped_linear(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     GROUP: tl.constexpr,
+    BIASED: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
     block, tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), GROUP)
@@ -154,6 +157,8 @@ def _grouped_linear(
         a = tl.load(x_tile + first, used[:, None] & left[None, :], other=0.0)
         b = tl.load(weight_tile + first, left[:, None] & within[None, :], other=0.0)
         sums = dot(a, b, sums)
+    if BIASED:
+        sums += tl.load(bias + weight_row, within, other=0.0).to(tl.float32)[None, :]
     if WEIGHTED:
         sums *= tl.load(pair_weights + pair, used, other=0.0)[:, None]
     out_tile = out + pair.to(tl.int64)[:, None] * out_features + output[None, :]
@@ -170,7 +175,7 @@ def _combine(
     CHOICES: tl.constexpr,
     WIDTH: tl.constexpr,
     SHARED: tl.constexpr,
-    GATED: tl.constexpr,
+    GATES: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -181,8 +186,16 @@ def _combine(
         total += tl.load(first + choice * width, within, other=0.0).to(tl.float32)
     if SHARED:
         added = tl.load(shared + token * width + column, within, other=0.0).to(tl.float32)
-        if GATED:
+        if GATES == 1:
             added *= 1.0 / (1.0 + tl.exp(-tl.load(shared_gate + token).to(tl.float32)))
+        if GATES == 2:
+            first_logit = tl.load(shared_gate + token * 2).to(tl.float32)
+            second_logit = tl.load(shared_gate + token * 2 + 1).to(tl.float32)
+            higher = tl.maximum(first_logit, second_logit)
+            first_score = tl.exp(first_logit - higher)
+            second_score = tl.exp(second_logit - higher)
+            total *= first_score / (first_score + second_score)
+            added *= second_score / (first_score + second_score)
         total += added
     tl.store(out + token * width + column, narrow(total, out.dtype.element_ty), within)
 
@@ -194,47 +207,59 @@ def top_k_gating(logits: Tensor, weights: Tensor, experts: Tensor, sigmoid: bool
     launch(_top_k_gating, (tokens,), logits, weights, experts, num_experts, **constants, num_warps=1)
 
 
-def route(routing: Routing) -> None:
-    """All but routing.experts is written."""
+def route(routing: Routing, first: int) -> None:
+    """All but routing.experts is written. first: the number of the first expert."""
     num_pairs, num_experts, counts = routing.num_pairs, routing.num_experts, routing.counts
-    launch(_count, (num_experts,), routing.experts, counts, num_pairs, PAIRS=_PAIRS)
+    launch(_count, (num_experts,), routing.experts, counts, num_pairs, first, PAIRS=_PAIRS)
     rows, blocks = routing.sorted_pairs, routing.block_experts
-    arguments = (routing.experts, counts, rows, blocks, routing.offsets, num_pairs, len(rows), num_experts)
+    arguments = (routing.experts, counts, rows, blocks, routing.offsets, num_pairs, len(rows), num_experts, first)
     launch(_place, (num_experts + 1,), *arguments, **_place_constants(num_experts, routing.block_rows))
 
 
-def grouped_linear(x: Tensor, weight: Tensor, routing: Routing, pair_weights: Tensor | None, out: Tensor) -> None:
+def grouped_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, pair_weights: Tensor | None, out: Tensor
+) -> None:
     """x: a row for each token or each pair."""
     _, out_features, in_features = weight.shape
     kind = "fp32" if x.dtype == torch.float32 else "bf16"
     constants, num_stages = _linear_constants(kind, out_features, routing.block_rows)
-    constants |= {"CHOICES": len(out) // max(len(x), 1), "WEIGHTED": pair_weights is not None}
+    constants |= {
+        "CHOICES": len(out) // max(len(x), 1),
+        "BIASED": bias is not None,
+        "WEIGHTED": pair_weights is not None,
+    }
     grid = (triton.cdiv(out_features, constants["BLOCK_OUT"]), len(routing.block_experts))
-    arguments = (x, weight, routing.sorted_pairs, routing.block_experts, pair_weights, out, in_features, out_features)
+    routed = (routing.sorted_pairs, routing.block_experts, pair_weights)
+    arguments = (x, weight, bias, *routed, out, in_features, out_features)
     launch(_grouped_linear, grid, *arguments, **constants, num_stages=num_stages)
 
 
 def combine(y: Tensor, k: int, shared: Tensor | None, shared_gate: Tensor | None, out: Tensor) -> None:
     """k rows of y for each of out."""
     tokens, width = out.shape
-    constants = _sums_constants(k, shared is not None, shared_gate is not None)
+    constants = _sums_constants(k, shared is not None, 0 if shared_gate is None else shared_gate.shape[1])
     launch(_combine, (tokens, triton.cdiv(width, _WIDTH)), y, shared, shared_gate, out, width, **constants)
 
 
 def variants(capability: int) -> list[Variant]:
-    """Mixtral-8x7B, Qwen1.5-MoE, and the most experts."""
+    """Mixtral-8x7B, Qwen1.5-MoE, the largest of DeepSpeed-MoE's (residual, 128 experts), and the most experts."""
     found = [_routing_count()]
-    for experts, choices, sigmoid, renormalize in ((8, 2, False, True), (60, 4, False, False), (256, 8, True, True)):
+    for experts, choices, sigmoid, renormalize in (
+        (8, 2, False, True), (60, 4, False, False), (128, 1, False, False), (256, 8, True, True),
+    ):  # fmt: skip
         found += [
             _routing_place(experts),
             *(_gating(dtype, experts, choices, sigmoid, renormalize) for dtype in _TYPES),
         ]
-    for name, hidden, intermediate, choices in (("mixtral", 4096, 14336, 2), ("qwen", 2048, 1408, 4)):
+    for name, hidden, intermediate, width, choices, gates in (
+        ("mixtral", 4096, 14336, 28672, 2, 0), ("qwen", 2048, 1408, 2816, 4, 1), ("deepspeed", 2048, 8192, 8192, 1, 2),
+    ):  # fmt: skip
+        biased = name == "deepspeed"
         for dtype in _TYPES:
             found += [
-                _linear(f"{name} first", dtype, hidden, 2 * intermediate, choices, False),
-                _linear(f"{name} second", dtype, intermediate, hidden, 1, True),
-                _sums(dtype, choices, name == "qwen"),
+                _linear(f"{name} first", dtype, hidden, width, choices, biased, False),
+                _linear(f"{name} second", dtype, intermediate, hidden, 1, biased, True),
+                _sums(dtype, choices, gates),
             ]
     return found
 
@@ -253,7 +278,7 @@ def _routing_count() -> Variant:
     return Variant(
         name="moe count",
         kernel=_count,
-        arguments={"experts": "*i32", "counts": "*i32", "num_pairs": "i32"},
+        arguments={"experts": "*i32", "counts": "*i32", "num_pairs": "i32", "first_expert": "i32"},
         constants={"PAIRS": _PAIRS},
     )
 
@@ -264,12 +289,14 @@ def _routing_place(experts: int) -> Variant:
     return Variant(
         name=f"moe place {experts}",
         kernel=_place,
-        arguments=arguments | dict.fromkeys(("num_pairs", "num_rows", "num_experts"), "i32"),
+        arguments=arguments | dict.fromkeys(("num_pairs", "num_rows", "num_experts", "first_expert"), "i32"),
         constants=_place_constants(experts, BLOCK_ROWS),
     )
 
 
-def _linear(name: str, dtype: str, in_features: int, out_features: int, choices: int, weighted: bool) -> Variant:
+def _linear(
+    name: str, dtype: str, in_features: int, out_features: int, choices: int, biased: bool, weighted: bool
+) -> Variant:
     constants, num_stages = _linear_constants(dtype, out_features, BLOCK_ROWS)
     return Variant(
         name=f"moe linear {name} {dtype}",
@@ -277,6 +304,7 @@ def _linear(name: str, dtype: str, in_features: int, out_features: int, choices:
         arguments={
             "x": f"*{dtype}",
             "weight": f"*{dtype}",
+            "bias": f"*{dtype}",
             "sorted_pairs": "*i32",
             "block_experts": "*i32",
             "pair_weights": "*fp32",
@@ -284,7 +312,7 @@ def _linear(name: str, dtype: str, in_features: int, out_features: int, choices:
             "in_features": "i32",
             "out_features": "i32",
         },
-        constants=constants | {"CHOICES": choices, "WEIGHTED": weighted},
+        constants=constants | {"CHOICES": choices, "BIASED": biased, "WEIGHTED": weighted},
         aligned=tuple(
             name for name, size in (("in_features", in_features), ("out_features", out_features)) if size % 16 == 0
         ),
@@ -293,12 +321,12 @@ def _linear(name: str, dtype: str, in_features: int, out_features: int, choices:
     )
 
 
-def _sums(dtype: str, choices: int, shared: bool) -> Variant:
+def _sums(dtype: str, choices: int, gates: int) -> Variant:
     return Variant(
-        name=f"moe combine {dtype} {choices}{' shared' * shared}",
+        name=f"moe combine {dtype} {choices}{('', ' shared', ' residual')[gates]}",
         kernel=_combine,
         arguments={**dict.fromkeys(("y", "shared", "shared_gate", "out"), f"*{dtype}"), "width": "i32"},
-        constants=_sums_constants(choices, shared, shared),
+        constants=_sums_constants(choices, gates > 0, gates),
         aligned=("width",),
     )
 
@@ -317,8 +345,8 @@ def _place_constants(num_experts: int, block_rows: int) -> dict[str, int]:
     return {"EXPERTS": triton.next_power_of_2(num_experts), "BLOCK_ROWS": block_rows, "PAIRS": _PAIRS}
 
 
-def _sums_constants(choices: int, shared: bool, gated: bool) -> dict[str, int | bool]:
-    return {"CHOICES": choices, "WIDTH": _WIDTH, "SHARED": shared, "GATED": gated}
+def _sums_constants(choices: int, shared: bool, gates: int) -> dict[str, int | bool]:
+    return {"CHOICES": choices, "WIDTH": _WIDTH, "SHARED": shared, "GATES": gates}
 
 
 def _linear_constants(dtype: str, out_features: int, block_rows: int) -> tuple[dict[str, int], int]:

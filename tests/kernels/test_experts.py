@@ -55,12 +55,14 @@ SHAPES = pytest.mark.parametrize(
 
 
 def make(
-    num_experts: int, outputs: int, inputs: int, dtype: torch.dtype, how: Quantization | None
+    num_experts: int, outputs: int, inputs: int, dtype: torch.dtype, how: Quantization | None, *, biased: bool = False
 ) -> tuple[ExpertWeights, list[LinearWeight]]:
     """The experts together and each alone."""
     torch.manual_seed(outputs + inputs)
     weights = (torch.randn(num_experts, outputs, inputs) / inputs**0.5 + 0.02).to(dtype)
-    return ExpertWeights(weights, num_experts, how), [LinearWeight(weight, None, how) for weight in weights]
+    bias = torch.randn(num_experts, outputs).to(dtype) if biased else None
+    alone = [LinearWeight(w, None if bias is None else bias[e], how) for e, w in enumerate(weights)]
+    return ExpertWeights(weights, num_experts, how, bias=bias), alone
 
 
 def choose(tokens: int, num_experts: int, k: int) -> Tensor:
@@ -88,7 +90,7 @@ def one_by_one(x: Tensor, alone: list[LinearWeight], experts: Tensor, dtype: tor
 def test_a_pair_has_the_bits_of_its_experts_linear(
     outputs: int, inputs: int, how: Quantization | None, dtype: torch.dtype
 ) -> None:
-    weights, alone = make(9, outputs, inputs, dtype, how)
+    weights, alone = make(9, outputs, inputs, dtype, how, biased=outputs == 33)
     for tokens, k in ((1, 1), (1, 8), (2, 3), (5, 2), (40, 4), (90, 7)):
         experts = choose(tokens, 9, k)
         for rows in (tokens, tokens * k):
@@ -102,7 +104,7 @@ def test_a_pair_has_the_bits_of_its_experts_linear(
 @DTYPES
 @FORMS
 def test_pair_weights_are_multiplied_in_before_rounding(how: Quantization | None, dtype: torch.dtype) -> None:
-    weights, alone = make(5, 33, 72, dtype, how)
+    weights, alone = make(5, 33, 72, dtype, how, biased=True)
     experts, pair_weights, x = choose(20, 5, 3), torch.rand(20, 3), torch.randn(20, 72).to(dtype)
     y = grouped_linear(x, weights, route(experts, 5), pair_weights=pair_weights)
     expected = one_by_one(x, alone, experts, torch.float32) * pair_weights.view(-1, 1)
@@ -217,7 +219,7 @@ def test_a_layer_is_replayed_on_the_inputs_of_the_moment(how: Quantization | Non
 @DTYPES
 @FORMS
 def test_weights_come_back_from_their_tensors(how: Quantization | None, dtype: torch.dtype) -> None:
-    weights, alone = make(3, 33, 72, dtype, how)
+    weights, alone = make(3, 33, 72, dtype, how, biased=True)
     stored = weights.tensors()
     assert set(stored) <= set(ExpertWeights.FIELDS)
     again = ExpertWeights.from_tensors(stored, (3, 33, 72), dtype)
@@ -238,8 +240,9 @@ def test_weights_that_come_quantized_are_as_those_quantized_here() -> None:
     how = Quantization(4, 24, symmetric=False)
     plain = torch.randn(3, 33, 72).bfloat16()
     parts = (quantize(weight, how) for weight in plain)
-    weights = ExpertWeights.of_integers((Integers(4, *part) for part in parts), 3, torch.bfloat16)
-    expected = ExpertWeights(plain, 3, how)
+    bias = torch.randn(3, 33).bfloat16()
+    weights = ExpertWeights.of_integers((Integers(4, *part) for part in parts), 3, torch.bfloat16, bias=bias)
+    expected = ExpertWeights(plain, 3, how, bias=bias)
     assert weights.quantization == how
     assert weights.tensors().keys() == expected.tensors().keys()
     assert all(torch.equal(weights.tensors()[field], part) for field, part in expected.tensors().items())
@@ -282,3 +285,8 @@ def test_broken_contracts_are_refused() -> None:
         ExpertWeights([weight.double()], 1)
     with pytest.raises(ValueError, match="cannot be cut into groups of 24"):
         ExpertWeights([weight], 1, Quantization(4, 24))
+    for bias in (torch.zeros(8), torch.zeros(3, 8)):
+        with pytest.raises(ValueError, match=r"bias must be of 2 experts, \[experts, out\]"):
+            ExpertWeights([weight, weight], 2, bias=bias)
+    with pytest.raises(ValueError, match=r"bias must be torch.float32 \[8\]"):
+        ExpertWeights([weight, weight], 2, bias=torch.zeros(2, 7))

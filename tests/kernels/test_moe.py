@@ -198,6 +198,40 @@ def test_linear_matches_the_reference(
         torch.testing.assert_close(wide.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@DTYPES
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("tokens", "k", "inputs", "outputs"), [(1, 1, 33, 7), (17, 1, 64, 65), (17, 4, 33, 130)])
+def test_linear_with_a_bias_of_each_expert(
+    on: str, tokens: int, k: int, inputs: int, outputs: int, weighted: bool, dtype: torch.dtype
+) -> None:
+    """The bias is added in float32, before the weight of a pair is multiplied in: it is the expert's answer."""
+    experts = random_experts(tokens, 5, k).to(on)
+    x, weight = torch.randn(tokens, inputs).to(on, dtype), torch.randn(5, outputs, inputs).to(on, dtype)
+    bias, pair_weights = (10 * torch.randn(5, outputs)).to(on, dtype), torch.rand(tokens, k).to(on)
+    weights = pair_weights if weighted else None
+    found = grouped_linear(
+        x,
+        ExpertWeights(weight, 5, bias=bias),
+        route(experts, 5),
+        pair_weights=weights,
+        out=torch.full((tokens * k, outputs), torch.nan, device=on),
+    )
+    wide = None if weights is None else weights.double()
+    expected = grouped_linear_reference(x.double(), weight.double(), experts, wide, bias.double())
+    torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_linear_adds_the_bias_before_it_rounds(on: str) -> None:
+    x, weight, bias = torch.ones(1, 1, device=on), torch.full((1, 1, 1), 2.0**-9), torch.ones(1, 1)
+    weights = ExpertWeights(weight.to(on).bfloat16(), 1, bias=bias.to(on).bfloat16())
+    routing = route(torch.zeros(1, 1, dtype=torch.int32, device=on), 1)
+    y = grouped_linear(x.bfloat16(), weights, routing, pair_weights=torch.full((1, 1), 512.0, device=on))
+    assert y.item() == 512 + 1 - 1  # 513 is no bfloat16, and 1 + 2^-9 is none either
+    wide = torch.empty(1, 1, device=on)
+    grouped_linear(x.bfloat16(), weights, routing, pair_weights=torch.full((1, 1), 512.0, device=on), out=wide)
+    assert wide.item() == 513
+
+
 @pytest.mark.parametrize("case", ["one expert", "one without"])
 @pytest.mark.parametrize("block_rows", [16, 128])
 def test_linear_of_uneven_experts(on: str, case: str, block_rows: int) -> None:
@@ -253,6 +287,37 @@ def test_combine_adds_the_expert_that_all_share(
     assert torch.equal(alone, wide[last])
 
 
+@DTYPES
+@pytest.mark.parametrize(("tokens", "k", "width"), [(1, 1, 33), (3, 2, 7), (17, 1, 1025)])
+def test_combine_weighs_the_experts_against_what_all_share(
+    on: str, tokens: int, k: int, width: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(tokens * width)
+    y, shared, logits = (torch.randn(rows, n) for rows, n in ((tokens * k, width), (tokens, width), (tokens, 2)))
+    y, shared, logits = y.to(on), shared.to(on, dtype), (5 * logits).to(on, dtype)
+    mixed = combine(y, k, shared=shared, shared_gate=logits)
+    expected = combine_reference(y.double(), k, shared.double(), logits.double())
+    torch.testing.assert_close(mixed.double(), expected, atol=1e-5, rtol=1e-5)
+    out = torch.full((tokens, width), torch.nan, dtype=torch.bfloat16, device=on)
+    combine(y, k, shared=shared, shared_gate=logits, out=out)
+    assert torch.equal(out, mixed.bfloat16()), "rounded once"
+    last = slice(tokens - 1, tokens)
+    assert torch.equal(combine(y[-k:], k, shared=shared[last], shared_gate=logits[last]), mixed[last])
+
+
+def test_the_reference_mixes_as_a_residual_mixture_does() -> None:
+    """The experts have the first of the softmax, the MLP that all share has the second."""
+    y, shared, logits = torch.randn(2, 3).double(), torch.randn(2, 3).double(), torch.randn(2, 2).double()
+    first = logits[:, :1].exp() / logits.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(combine_reference(y, 1, shared, logits), first * y + (1 - first) * shared)
+
+
+def test_a_mix_of_far_logits_is_one_of_the_two(on: str) -> None:
+    y, shared = torch.randn(2, 9, device=on), torch.randn(2, 9, device=on)
+    logits = torch.tensor([[300.0, -300.0], [-300.0, 300.0]], device=on)
+    assert torch.equal(combine(y, 1, shared=shared, shared_gate=logits), torch.stack([y[0], shared[1]]))
+
+
 def test_combine_rounds_once(on: str) -> None:
     y, shared = torch.randn(2 * 3, 50, device=on), torch.randn(2, 50, device=on)
     expected = (y[0::3] + y[1::3]) + y[2::3]
@@ -262,6 +327,26 @@ def test_combine_rounds_once(on: str) -> None:
     narrow = y.bfloat16()
     wide = combine(narrow.float(), 3)
     assert torch.equal(combine(narrow, 3), wide.bfloat16())
+
+
+@pytest.mark.parametrize(("tokens", "k"), [(1, 1), (17, 3), (130, 8)])
+def test_each_part_of_the_experts_computes_its_own_pairs(on: str, tokens: int, k: int) -> None:
+    """What parts of the experts compute, each with zeros for the others' pairs, adds up to what all compute at once."""
+    experts = random_experts(tokens, 12, k).to(on)
+    x, weight, bias = torch.randn(tokens, 40), torch.randn(12, 24, 40), torch.randn(12, 24)
+    x, weight, bias = x.to(on), weight.to(on), bias.to(on)
+    whole = grouped_linear(x, ExpertWeights(weight, 12, bias=bias), route(experts, 12))
+    total = torch.zeros_like(whole)
+    for first in (0, 4, 8):
+        mine = slice(first, first + 4)
+        routing = route(experts, 4, first=first, out=poisoned(experts, 4))
+        for name in ("sorted_pairs", "block_experts", "counts", "offsets"):
+            assert torch.equal(getattr(routing, name), getattr(route_reference(experts - first, 4), name)), name
+        y = torch.zeros_like(whole)
+        grouped_linear(x, ExpertWeights(weight[mine], 4, bias=bias[mine]), routing, out=y)
+        assert not y[((experts < first) | (experts >= first + 4)).flatten()].any()
+        total += y
+    assert torch.equal(total, whole)
 
 
 def layer(x: Tensor, logits: Tensor, first: Tensor, second: Tensor, k: int) -> Tensor:
@@ -408,6 +493,8 @@ def test_broken_contracts_are_refused() -> None:
         route(experts, 257)
     with pytest.raises(ValueError, match="block_rows must be"):
         route(experts, 8, 48)
+    with pytest.raises(ValueError, match="first must be 0 or more, got -1"):
+        route(experts, 8, first=-1)
     with pytest.raises(ValueError, match="out must be"):
         route(experts, 8, out=torch.empty(8, dtype=torch.int32))
 
