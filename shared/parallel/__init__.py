@@ -1,0 +1,1 @@
+"""One model computed by several ranks: what each has of it (sharding.py), and how they exchange it (group.py)."""
