@@ -196,7 +196,7 @@ class _Loader:
             expected |= set(self._source(ours).names)
         for layer in range(a.num_layers):
             for ours, shape in layer_shapes(a, layer).items():
-                count = shape[0] if ours.removesuffix(".weight") in EXPERTS else 1
+                count = shape[0] if ours.split(".")[0] in EXPERTS else 1
                 for expert in range(count):
                     expected |= set(self._source(ours).at(layer, expert, self._heads(ours)).names)
         return expected
@@ -247,7 +247,11 @@ class _Loader:
             each = (self._placed(one) for one in stacked)
         else:
             each = (self._built(source.at(layer, expert), shape[1:]) for expert in range(shape[0]))
-        return ExpertWeights(each, shape[0], _quantization(self.quantization, shape[2]))
+        bias, bias_shape = None, shapes.get(f"{module}.bias")
+        if bias_shape is not None:
+            source = self._source(f"{module}.bias")
+            bias = torch.stack([self._built(source.at(layer, e), bias_shape[1:]) for e in range(shape[0])])
+        return ExpertWeights(each, shape[0], _quantization(self.quantization, shape[2]), bias=bias)
 
     def _integers(self, ours: str, layer: int, shape: tuple[int, ...], bits: int) -> Integers | None:
         """The file's own, where all parts have them, of so many bits and made alike."""
