@@ -36,9 +36,14 @@ def cos_sin_table(rope: Rope | None, num_positions: int) -> Tensor:
     """
     if rope is None:
         return torch.empty(num_positions, 0)
+    return cos_sin_of(inverse_frequencies(rope), num_positions) * rope.attention_factor
+
+
+def cos_sin_of(frequencies: Tensor, num_positions: int) -> Tensor:
+    """float32 [num_positions, 2 * len(frequencies)]: the cosines of these, radians per position, then their sines."""
     positions = torch.arange(num_positions, dtype=torch.float32)
-    angles = positions[:, None] * inverse_frequencies(rope)[None, :]
-    return torch.cat((angles.cos(), angles.sin()), dim=-1) * rope.attention_factor
+    angles = positions[:, None] * frequencies[None, :]
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 def _llama3(rope: Rope, frequencies: Tensor) -> Tensor:
