@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 from rich.console import Console
@@ -27,7 +27,7 @@ from benchmarks.report import summarise, write_json
 from benchmarks.serve import run
 from benchmarks.workload import Shape, random_workload
 from cli.supervisor import Supervisor
-from shared.config import DEFAULT_MODEL
+from shared.config import DEFAULT_MODEL, QuantizationMode
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--quantization", default="none", choices=("none", "int8", "int4"))
+    parser.add_argument("--quantization", default="none", choices=get_args(QuantizationMode))
     parser.add_argument("--target", help="host:port of a gateway that runs already")
     parser.add_argument("--url", help="base address of any OpenAI server that runs already")
     parser.add_argument("--served", default="", help="with --url: the model's name there")

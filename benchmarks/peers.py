@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import aiohttp
 import psutil
@@ -35,7 +35,7 @@ from benchmarks.bursts import Bursts, measure_bursts
 from benchmarks.driver import HttpDriver
 from benchmarks.report import write_json
 from benchmarks.workload import Request
-from shared.config import DEFAULT_MODEL
+from shared.config import DEFAULT_MODEL, QuantizationMode
 
 READY_S = 600.0
 _FOREIGN = "other programs' % of the CPU"  # a repetition counts only if it is small
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--quantization", default="none", choices=("none", "int8", "int4"))
+    parser.add_argument("--quantization", default="none", choices=get_args(QuantizationMode))
     parser.add_argument("--no-bursts", dest="bursts", action="store_false", help="leave out the long prompts")
     parser.add_argument("--json", type=Path, help="write the figures of every repetition")
     asyncio.run(_main(parser.parse_args(argv)))

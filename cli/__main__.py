@@ -48,7 +48,7 @@ def up(
     prefill: Annotated[int | None, typer.Option(help="prefill workers")] = None,
     decode: Annotated[int | None, typer.Option(help="decode workers")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16")] = None,
-    quantization: Annotated[str | None, typer.Option(help="none, int8 or int4")] = None,
+    quantization: Annotated[str | None, typer.Option(help="none, int8, int8_dynamic, int4, fp8 or fp6")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16, int8 or fp8")] = None,
     device: Annotated[str | None, typer.Option(help="auto or cpu")] = None,
     port: Annotated[int | None, typer.Option(help="gRPC port; 0 = a free one here and for all other ports")] = None,

@@ -51,7 +51,7 @@ def main() -> int:
         signal.signal(number, lambda *_: sys.exit(0))  # until the event loop takes them over
     try:
         files = ModelStore().resolve(arguments.config.model, allow_pickle=arguments.config.allow_pickle)
-        model = ServedModel.load(arguments.config.model_name, files, arguments.config.quantization)
+        model = ServedModel.load(arguments.config.model_name, files, arguments.config.weights_form)
         asyncio.run(serve(arguments.config, model))
     except (ModelError, ChatTemplateError, StartError, OSError, RuntimeError) as error:
         print(f"gateway: {error}", file=sys.stderr)

@@ -49,12 +49,12 @@ class ServedModel:
     embeds: bool = False  # it answers vectors, and has no decode workers
 
     @classmethod
-    def load(cls, name: str, files: ModelFiles, quantization: str) -> ServedModel:
-        """Reads the small files of a model's folder."""
+    def load(cls, name: str, files: ModelFiles, form: str) -> ServedModel:
+        """Reads the small files of a model's folder. form: of its weights, as TandemConfig.weights_form says it."""
         tokenizer = Tokenizer.load(files.folder)
         return cls(
             name=name,
-            digest=files.digest_as(quantization),
+            digest=files.digest_as(form),
             tokenizer=tokenizer,
             chat_template=ChatTemplate.load(files.folder, tokenizer.special_tokens),
             defaults=SamplingDefaults.load(files.folder),

@@ -2,7 +2,8 @@
 
     row(pool, i) = block table[(offset + i) // block_tokens], slot (offset + i) % block_tokens
 
-For each token i, layer, keys and values, and head: target row i of head h = source row i of head first_head + h.
+For each token i, layer, keys and values, and each h of num_heads: target row i of head target_head + h = source row i of
+head source_head + h.
 Between blocks of one dtype that is the very bytes, scale included. Between others it goes through float32: widened, by
 one rounding of scale * element, then rounded to bfloat16 or float16 (to nearest, ties to even, to infinity beyond all
 numbers) or quantized as by `quantize_rows`.
@@ -48,17 +49,23 @@ def transfer_tokens(
     target_offset: int,
     num_tokens: int,
     *,
-    first_head: int = 0,
+    source_head: int = 0,
+    target_head: int = 0,
+    num_heads: int | None = None,
 ) -> None:
     """Writes the rows of num_tokens tokens into the target; see the module for shapes.
 
     source_offset, target_offset: the first token's slot, counted from the beginning of the table's first block.
-    first_head: the target's heads are so many of the source's, from this one on.
+    num_heads heads move, from source_head of the source to target_head of the target on; default: all from there on
+    that the target has.
     Raises ValueError for tensors, formats and numbers that break the contract and, on a CPU, IndexError, with nothing
     written, for a block out of range.
     """
     triton = in_triton("transfer_tokens", target)
-    _check_formats(source_format, target_format, first_head)
+    num_heads = target_format.num_kv_heads - target_head if num_heads is None else num_heads
+    _check_formats(source_format, target_format)
+    _check_heads("source", source_format, source_head, num_heads)
+    _check_heads("target", target_format, target_head, num_heads)
     if num_tokens < 0:
         raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
     _check_side("source", source, source_format, source_table, source_offset, num_tokens, target)
@@ -70,14 +77,14 @@ def transfer_tokens(
 
         launch(
             source, source_format, source_table, source_offset, target, target_format, target_table, target_offset,
-            num_tokens, first_head,
+            num_tokens, source_head, target_head, num_heads,
         )  # fmt: skip
         return
     failed = library.call(
         "tandem_transfer_tokens",
         *_arguments(source, source_format, source_table, source_offset),
         *_arguments(target, target_format, target_table, target_offset),
-        num_tokens, source_format.num_layers, source_format.head_dim, first_head,
+        num_tokens, source_format.num_layers, source_format.head_dim, source_head, target_head, num_heads,
     )  # fmt: skip
     if failed:
         name, table, pool = ("source", source_table, source) if failed > 0 else ("target", target_table, target)
@@ -96,11 +103,14 @@ def transfer_tokens_reference(
     target_offset: int,
     num_tokens: int,
     *,
-    first_head: int = 0,
+    source_head: int = 0,
+    target_head: int = 0,
+    num_heads: int | None = None,
 ) -> None:
     """The same in plain torch."""
     tokens = torch.arange(num_tokens, device=source.device)
-    heads = slice(first_head, first_head + target_format.num_kv_heads)
+    num_heads = target_format.num_kv_heads - target_head if num_heads is None else num_heads
+    heads = slice(source_head, source_head + num_heads)
     block, slot = _places(source_format, source_table, source_offset + tokens)
     rows, scales = source_format.elements(source), source_format.scales(source)
     rows = rows[block, :, :, heads, slot]  # [tokens, layers, 2, heads, head_dim]
@@ -112,10 +122,11 @@ def transfer_tokens_reference(
             rows, scales = quantize_rows(rows, target_format.dtype)
         rows = rows.to(ELEMENTS[target_format.dtype])
     block, slot = _places(target_format, target_table, target_offset + tokens)
-    target_format.elements(target)[block, :, :, :, slot] = rows
+    heads = slice(target_head, target_head + num_heads)
+    target_format.elements(target)[block, :, :, heads, slot] = rows
     target_scales = target_format.scales(target)
     if scales is not None and target_scales is not None:
-        target_scales[block, :, :, :, slot] = scales
+        target_scales[block, :, :, heads, slot] = scales
 
 
 def _places(form: KvFormat, table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,16 +141,18 @@ def _arguments(pool: Tensor, form: KvFormat, table: Tensor, offset: int) -> tupl
     )  # fmt: skip
 
 
-def _check_formats(source: KvFormat, target: KvFormat, first_head: int) -> None:
+def _check_formats(source: KvFormat, target: KvFormat) -> None:
     for name in ("num_layers", "head_dim"):
         if getattr(source, name) != getattr(target, name):
             raise ValueError(f"formats must share {name}, got {getattr(source, name)} and {getattr(target, name)}")
     if source.head_dim % 8:
         raise ValueError(f"head_dim must be a multiple of 8, got {source.head_dim}")
-    if not 0 <= first_head <= source.num_kv_heads - target.num_kv_heads:
+
+
+def _check_heads(name: str, form: KvFormat, first: int, num_heads: int) -> None:
+    if not (0 <= first and 0 < num_heads <= form.num_kv_heads - first):
         raise ValueError(
-            f"{target.num_kv_heads} heads from first_head {first_head} on must be among the source's "
-            f"{source.num_kv_heads}"
+            f"{num_heads} heads from {name}_head {first} on must be among the {name}'s {form.num_kv_heads}"
         )
 
 

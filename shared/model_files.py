@@ -71,11 +71,14 @@ class ModelFiles:
         """config.json, parsed anew at each call."""
         return read_json(self.folder / "config.json")
 
-    def digest_as(self, quantization: str) -> str:
-        """The digest of what is computed with: quantized weights are other weights, and their KV is other KV."""
-        if quantization == "none":
+    def digest_as(self, form: str) -> str:
+        """The digest of what is computed with: quantized weights are other weights, and their KV is other KV.
+
+        form: of the weights, as TandemConfig.weights_form says it.
+        """
+        if form == "none":
             return self.digest
-        return hashlib.sha256(f"{self.digest} {quantization}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.digest} {form}".encode()).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, object]:

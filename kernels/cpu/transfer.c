@@ -115,11 +115,12 @@ static int64_t wrong_block(const Side *side, int64_t num_tokens) {
 }
 
 /* For the source, then for the target: pool, table, offset, blocks of the pool, dtype, heads, tokens of a block; number of
- * tokens, layers, head_dim, first head. Returns 0 or, with nothing written, 1 + the first index of the source's table whose
- * block is out of range, or the negative of that for the target's. */
+ * tokens, layers, head_dim; the source's first head, the target's, number of heads. Returns 0 or, with nothing written, 1 +
+ * the first index of the source's table whose block is out of range, or the negative of that for the target's. */
 int64_t tandem_transfer_tokens(const Arg *a) {
     Side source = side_of(a), target = side_of(a + 7);
-    int64_t num_tokens = a[14].i, halves = 2 * a[15].i, head_dim = a[16].i, first_head = a[17].i;
+    int64_t num_tokens = a[14].i, halves = 2 * a[15].i, head_dim = a[16].i;
+    int64_t source_head = a[17].i, target_head = a[18].i, heads = a[19].i;
     int64_t wrong = wrong_block(&source, num_tokens);
     if (!wrong) wrong = -wrong_block(&target, num_tokens);
     if (wrong) return wrong;
@@ -136,13 +137,14 @@ int64_t tandem_transfer_tokens(const Arg *a) {
         if (run > target.block_tokens - to_slot) run = target.block_tokens - to_slot;
         const char *from = source.pool + source.table[from_row / source.block_tokens] * halves * source.heads * from_plane;
         char *to = target.pool + target.table[to_row / target.block_tokens] * halves * target.heads * to_plane;
-        from += first_head * from_plane;
+        from += source_head * from_plane;
+        to += target_head * to_plane;
         for (int64_t half = 0; half < halves; half++, from += source.heads * from_plane, to += target.heads * to_plane) {
             if (whole_planes && run == target.block_tokens) {
-                memcpy(to, from, (size_t)(target.heads * to_plane));
+                memcpy(to, from, (size_t)(heads * to_plane));
                 continue;
             }
-            for (int64_t head = 0; head < target.heads; head++) {
+            for (int64_t head = 0; head < heads; head++) {
                 const char *plane = from + head * from_plane;
                 char *to_head = to + head * to_plane;
                 Rows rows = {

@@ -18,7 +18,8 @@ from kernels.kv_format import ELEMENTS, KvFormat
 _TILE = {"words": 2048, "elements": 4096}  # of a program: their loads wait together
 _POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}  # of others bytes
 _NAN = tl.constexpr(0x7FC00000)
-_STEPPING = ["source_offset", "target_offset", "num_tokens", "source_blocks", "target_blocks", "first_head"]
+_STEPPING = ["source_offset", "target_offset", "num_tokens", "source_blocks", "target_blocks"]
+_STEPPING += ["source_head", "target_head"]
 
 
 @triton.jit
@@ -33,8 +34,8 @@ def _widen(elements, FORM: tl.constexpr):
 @triton.jit(do_not_specialize=_STEPPING)
 def _transfer(
     source, source_scales, source_table, target, target_scales, target_table,
-    source_offset, target_offset, num_tokens, source_blocks, target_blocks, first_head,
-    halves, source_heads, target_heads,
+    source_offset, target_offset, num_tokens, source_blocks, target_blocks, source_head, target_head,
+    halves, source_heads, target_heads, num_heads,
     FROM: tl.constexpr, TO: tl.constexpr, QUANTIZED: tl.constexpr, WIDTH: tl.constexpr,
     SOURCE_TOKENS: tl.constexpr, SOURCE_PLANE: tl.constexpr, TARGET_TOKENS: tl.constexpr, TARGET_PLANE: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -42,9 +43,9 @@ def _transfer(
     """WIDTH: elements of a row. SOURCE_PLANE: words of a plane, the last SOURCE_TOKENS of them its scales, if any."""
     source_part: tl.constexpr = 32 // source.dtype.element_ty.primitive_bitwidth  # elements of a word
     target_part: tl.constexpr = 32 // target.dtype.element_ty.primitive_bitwidth
-    planes = halves * target_heads
-    plane = tl.program_id(0) % planes
-    half = plane // target_heads
+    planes = halves * num_heads
+    half = tl.program_id(0) % planes // num_heads
+    head = tl.program_id(0) % num_heads
     tokens = tl.program_id(0) // planes * TOKENS + tl.arange(0, TOKENS)
     columns = tl.arange(0, COLUMNS)
     source_row, target_row = source_offset + tokens, target_offset + tokens
@@ -56,9 +57,8 @@ def _transfer(
     )
     within = present[:, None] & (columns < WIDTH)[None, :]
     # of the plane, by number; of the row within it
-    source_plane = source_block.to(tl.int64) * (halves * source_heads) + half * source_heads + first_head
-    source_plane += plane % target_heads
-    target_plane = target_block.to(tl.int64) * planes + plane
+    source_plane = (source_block.to(tl.int64) * halves + half) * source_heads + source_head + head
+    target_plane = (target_block.to(tl.int64) * halves + half) * target_heads + target_head + head
     source_slot, target_slot = source_row % SOURCE_TOKENS, target_row % TARGET_TOKENS
     source_start = source_plane * (SOURCE_PLANE * source_part) + source_slot * WIDTH
     target_start = target_plane * (TARGET_PLANE * target_part) + target_slot * WIDTH
@@ -93,7 +93,9 @@ def transfer_tokens(
     target_table: Tensor,
     target_offset: int,
     num_tokens: int,
-    first_head: int,
+    source_head: int,
+    target_head: int,
+    num_heads: int,
 ) -> None:
     """On checked tensors. A token with a block out of range in either pool is left out."""
     constants = _constants(source_format, target_format)
@@ -106,10 +108,10 @@ def transfer_tokens(
     halves = 2 * target_format.num_layers
     arguments = (
         rows, source.view(scales), source_table, written, target.view(scales), target_table,
-        source_offset, target_offset, num_tokens, source.shape[0], target.shape[0], first_head,
-        halves, source_format.num_kv_heads, target_format.num_kv_heads,
+        source_offset, target_offset, num_tokens, source.shape[0], target.shape[0], source_head, target_head,
+        halves, source_format.num_kv_heads, target_format.num_kv_heads, num_heads,
     )  # fmt: skip
-    programs = triton.cdiv(num_tokens, constants["TOKENS"]) * halves * target_format.num_kv_heads
+    programs = triton.cdiv(num_tokens, constants["TOKENS"]) * halves * num_heads
     launch(_transfer, (programs,), *arguments, **constants)
 
 
@@ -128,7 +130,7 @@ def variants(capability: int) -> list[Variant]:
                 "target_scales": "*i32" if source == target else "*fp32",
                 "target_table": "*i32",
                 **dict.fromkeys(_STEPPING, "i32"),
-                **dict.fromkeys(("halves", "source_heads", "target_heads"), "i32"),
+                **dict.fromkeys(("halves", "source_heads", "target_heads", "num_heads"), "i32"),
             },
             constants=_constants(KvFormat(source, 1, 1, head_dim, 16), KvFormat(target, 1, 1, head_dim, 32)),
         )

@@ -51,9 +51,10 @@ def _check_target(value: str) -> str:
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
-QuantizationMode = Literal["none", "int8", "int4"]
+QuantizationMode = Literal["none", "int8", "int8_dynamic", "int4", "fp8", "fp6"]
 KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 Target = Annotated[str, AfterValidator(_check_target)]
+Patterns = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Targets = Annotated[tuple[Target, ...], NoDecode, BeforeValidator(_split)]
 
 
@@ -223,7 +224,12 @@ class TandemConfig(BaseSettings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="auto = bfloat16")
     quantization: QuantizationMode = Field(
-        default="none", description="integers that the linears' weights are kept as; int4 in groups of 32"
+        default="none",
+        description="what the linears' weights are kept as, with a scale for each row, int4 in groups of 32; "
+        "int8_dynamic: the rows that they multiply become int8 too",
+    )
+    quantization_exclude: Patterns = Field(
+        default=(), description="weights that stay as they are, by patterns such as layers.0.*, *.down, lm_head"
     )
     block_tokens: Positive = Field(default=16, description="tokens in a KV block, a power of two")
     kv_dtype: KvDtype = Field(
@@ -255,6 +261,13 @@ class TandemConfig(BaseSettings):
         """What weights and activations are."""
         return "bfloat16" if self.dtype == "auto" else self.dtype
 
+    @property
+    def weights_form(self) -> str:
+        """What becomes of the model's files before they are computed with; `none` leaves them as they are."""
+        if not self.quantization_exclude:
+            return self.quantization
+        return f"{self.quantization} without {','.join(sorted(set(self.quantization_exclude)))}"
+
     def kv_dtype_of(self, section: PrefillConfig | DecodeConfig) -> str:
         """What a role keeps keys and values as."""
         dtype = section.kv_dtype or self.kv_dtype
@@ -280,6 +293,11 @@ class TandemConfig(BaseSettings):
                     f"{level}kv_dtype: {section.kv_dtype}, and dtype is {self.weights_dtype}: keys and values that are "
                     "not int8 or fp8 are kept as they are computed; use auto, or change one of the two"
                 )
+        if self.quantization_exclude and self.quantization == "none":
+            raise ValueError(
+                f"quantization_exclude: {','.join(self.quantization_exclude)}, and quantization is none: there is "
+                "nothing to leave out; remove it, or set quantization"
+            )
         if self.transport.require in self.transport.disable:
             raise ValueError(
                 f"transport.require: {self.transport.require} is also in transport.disable; remove it from one of them"

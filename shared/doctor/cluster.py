@@ -72,7 +72,7 @@ async def cluster(surroundings: Surroundings, *, must_answer: bool = True, answe
         return []
     findings = [*unknown, *(finding for answer in answers for finding in _answered(answer))]
     infos = {str(answer.listed): answer.info for answer in heard if answer.info is not None}
-    digest = None if files is None else files.digest_as(config.quantization)
+    digest = None if files is None else files.digest_as(config.weights_form)
     return [*findings, *agreements(config, infos, digest)]
 
 

@@ -105,8 +105,10 @@ REMEDIES: dict[str, str] = {
     ),
     "other role": "list it in gateway.{key} instead",
     "not serving": "its log says why; a worker that drains, or whose engine hangs, takes no request: start it again",
-    "models differ": "start every process with the same `model` and `quantization`",
-    "model differs here": "give this host the workers' `model`, `quantization` and `served_name`",
+    "models differ": "start every process with the same `model`, `quantization` and `quantization_exclude`",
+    "model differs here": (
+        "give this host the workers' `model`, `quantization`, `quantization_exclude` and `served_name`"
+    ),
     "layouts differ": (
         "start both with the same `dtype` and kv_dtype, or let decode convert:\n  transport:\n    convert_dtype: true"
     ),

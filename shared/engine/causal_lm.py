@@ -20,6 +20,7 @@ from shared.engine.plan import EnginePlan
 from shared.engine.session import Pool, Session
 from shared.kv_cache import KvLayout
 from shared.models.architecture import Architecture
+from shared.models.quantization import QuantizationPlan
 from shared.models.weights import ModelWeights
 
 _BLOCK_TOKENS = 16
@@ -59,7 +60,7 @@ class CausalLM:
             architecture=architecture,
             dtype=layout.dtype,
             layout=layout,
-            quantization="none",
+            quantization=QuantizationPlan(),
             device=device,
             num_blocks=_num_blocks(layout, max_context, limits.min_out_tokens, device),
             max_context=max_context,

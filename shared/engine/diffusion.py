@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kernels.quantization import Quantization
-from shared.config import InferenceConfig, QuantizationMode
+from shared.config import InferenceConfig
 from shared.engine.image_bindings import Binding, bindings
+from shared.models.quantization import QuantizationPlan
 from shared.module_graph import ModuleGraph
 
 # what says how a model is loaded or made, or how many tokens it makes; a pipeline comes loaded, and makes images
@@ -51,12 +52,12 @@ class InjectedPipeline:
     """A pipeline in its new form: `pipeline` is the one that was given."""
 
     def __init__(
-        self, pipeline: Any, config: InferenceConfig, *, device: str, dtype: torch.dtype, mode: QuantizationMode
+        self, pipeline: Any, config: InferenceConfig, *, device: str, dtype: torch.dtype, plan: QuantizationPlan
     ) -> None:
         """Raises ValueError naming the option, or the layer, that makes it impossible, before anything is changed."""
         _refuse(config)
         injects = config.replace_with_kernel_inject
-        if mode != "none" and not injects:
+        if not plan.is_plain and not injects:
             raise ValueError("dtype: int8 quantizes the engine's linears; set kernel_inject, or use another dtype")
         device = "cpu" if config.keep_module_on_host else device
         self.pipeline = pipeline
@@ -73,7 +74,7 @@ class InjectedPipeline:
         for part in models.values():
             # torch's own `to`: that of diffusers logs a warning whatever the model
             nn.Module.to(part.eval().requires_grad_(False), device, dtype)
-        quantization = Quantization(8) if mode == "int8" else None
+        quantization = plan.layers and plan.layers.quantization
         for name, part in image_models.items():
             self._inject(name, part, bindings(device, dtype, quantization), quantization)
         for name, part in models.items():

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from shared.checkpoint import Checkpoint, CheckpointError
 from shared.checkpoint.state_dict import StateDictCheckpoint
-from shared.config import QuantizationMode
 from shared.models.encoder import Encoder
+from shared.models.quantization import QuantizationPlan
 from shared.models.weights import load_weights
 from shared.policies.bert import BERT, ROBERTA
 from shared.policies.clip import CLIP_TEXT, CLIP_VISION
@@ -51,7 +51,7 @@ class EncoderModel:
         model: Any,
         checkpoint: Checkpoint | None,
         dtype: torch.dtype,
-        quantization: QuantizationMode,
+        quantization: QuantizationPlan,
         device: str,
     ) -> None:
         """model: a PreTrainedModel with encoders_of it, which stays as it is. checkpoint: default, its own weights.
@@ -60,7 +60,7 @@ class EncoderModel:
         CheckpointError for encoders that cannot be made.
         """
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
-        self._quantization: QuantizationMode = quantization
+        self._quantization = quantization
         if checkpoint is None and any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("checkpoint: the model's weights are on the meta device; say where they are")
         self._tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})

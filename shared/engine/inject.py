@@ -24,7 +24,7 @@ from kernels.dtypes import DTYPES
 from shared.checkpoint import Checkpoint, UnsupportedCheckpointError
 from shared.checkpoint.injected import is_injected
 from shared.checkpoint.megatron import is_megatron
-from shared.config import InferenceConfig, QuantizationMode
+from shared.config import InferenceConfig
 from shared.engine.causal_lm import CausalLM, Limits
 from shared.engine.detection import detected
 from shared.engine.diffusion import InjectedPipeline, is_pipeline
@@ -33,6 +33,7 @@ from shared.engine.given import Given, fields_of, given_module, load_into
 from shared.engine.saving import linears_of, save
 from shared.model_files import find_weights, read_json
 from shared.models.architecture import Architecture
+from shared.models.quantization import QuantizationPlan
 from shared.models.weights import load_weights
 from shared.policies.injected import as_injected
 from shared.policies.megatron_gpt2 import MEGATRON_GPT2
@@ -58,8 +59,8 @@ def inject(model: Any, config: InferenceConfig) -> Injection:
     on_host = config.keep_module_on_host or not torch.cuda.is_available()
     device = "cpu" if on_host else "cuda"
     if is_pipeline(model):
-        dtype, mode = compute_dtype(config, device)
-        pipeline = InjectedPipeline(model, config, device=device, dtype=dtype, mode=mode)
+        dtype, plan = compute_dtype(config, device)
+        pipeline = InjectedPipeline(model, config, device=device, dtype=dtype, plan=plan)
         return Injection(model, pipeline.close, pipeline=pipeline)
     if not isinstance(model, str | Path | nn.Module):
         raise ValueError(f"model: wants a model, a folder or a pipeline, has a {type(model).__name__}")
@@ -73,14 +74,14 @@ def inject(model: Any, config: InferenceConfig) -> Injection:
     return _as_it_is(model, config, device)
 
 
-def compute_dtype(config: InferenceConfig, device: str) -> tuple[torch.dtype, QuantizationMode]:
+def compute_dtype(config: InferenceConfig, device: str) -> tuple[torch.dtype, QuantizationPlan]:
     """Of activations, and how weights are kept. Raises ValueError for a dtype that the device does not compute in."""
     if config.dtype == torch.int8:
-        return torch.bfloat16, "int8"
+        return torch.bfloat16, QuantizationPlan.of_mode("int8")
     if config.dtype not in DTYPES.values():
         names = ", ".join([*DTYPES, "int8"])
         raise ValueError(f"dtype: Data type {config.dtype} is not supported by {device} accelerator; use {names}")
-    return config.dtype, "none"
+    return config.dtype, QuantizationPlan()
 
 
 def _given_folder(folder: Path, config: InferenceConfig) -> Given:
@@ -134,7 +135,7 @@ def _to_be_asked(given: Given, config: InferenceConfig) -> Given:
 
 
 def _causal_lm(given: Given, config: InferenceConfig, device: str) -> Injection:
-    dtype, quantization = compute_dtype(config, device)
+    dtype, plan = compute_dtype(config, device)
     if not config.triangular_masking:
         raise ValueError("triangular_masking: false, and a decoder's tokens attend to no later ones; leave it out")
     policy, given = _policy(given, config)
@@ -148,12 +149,10 @@ def _causal_lm(given: Given, config: InferenceConfig, device: str) -> Injection:
         return Injection(given.module.to("meta").eval(), lambda: None)
     checkpoint = given.checkpoint(config)
     policy = _layout(policy, architecture, checkpoint)
-    weights = load_weights(
-        architecture, checkpoint, dtype=dtype, device=device, quantization=quantization, policy=policy
-    )
+    weights = load_weights(architecture, checkpoint, dtype=dtype, device=device, quantization=plan, policy=policy)
     weights.probe()
     if config.save_mp_checkpoint_path:
-        quantized = linears_of(policy, architecture, checkpoint.names()) if quantization == "int8" else None
+        quantized = linears_of(policy, architecture, checkpoint.names()) if not plan.is_plain else None
         save(checkpoint, given.fields, config, dtype, quantized)
     limits = Limits(config.max_out_tokens, config.min_out_tokens)
     injected = CausalLM(
@@ -187,8 +186,8 @@ def _layout(policy: Policy, architecture: Architecture, checkpoint: Checkpoint) 
 
 
 def _as_it_is(model: nn.Module | str | Path, config: InferenceConfig, device: str) -> Injection:
-    dtype, mode = compute_dtype(config, device)
-    if mode != "none":
+    dtype, plan = compute_dtype(config, device)
+    if not plan.is_plain:
         raise ValueError("dtype: int8 quantizes the engine's linears; set kernel_inject, or use another dtype")
     if isinstance(config.injection_policy, Policy):
         raise ValueError("injection_policy: a Policy is for fused layers; set kernel_inject, or leave it out")

@@ -8,10 +8,11 @@ from typing import cast
 
 import torch
 
-from shared.config import ConfigError, DecodeConfig, PrefillConfig, QuantizationMode, TandemConfig
+from shared.config import ConfigError, DecodeConfig, PrefillConfig, TandemConfig
 from shared.kv_cache import KvLayout
 from shared.model_files import ModelFiles, read_json
 from shared.models.architecture import Architecture
+from shared.models.quantization import QuantizationPlan, quantizable
 from shared.policies.policy import UnsupportedModelError
 from shared.policies.table import policy_for
 from shared.pooling import Pooling
@@ -25,7 +26,7 @@ class EnginePlan:
     architecture: Architecture
     dtype: str  # of weights and activations, a key of DTYPES; keys and values may be kept in another
     layout: KvLayout
-    quantization: QuantizationMode
+    quantization: QuantizationPlan
     device: str
     num_blocks: int  # in memory, the null block included
     max_context: int  # tokens of prompt and output together
@@ -48,7 +49,7 @@ class EnginePlan:
             _check_embeds(architecture, section)
         layout = KvLayout.of(
             architecture,
-            files.digest_as(config.quantization),
+            files.digest_as(config.weights_form),
             config.kv_dtype_of(section),
             config.block_tokens_of(section),
         )
@@ -68,7 +69,7 @@ class EnginePlan:
             architecture=architecture,
             dtype=config.weights_dtype,
             layout=layout,
-            quantization=config.quantization,
+            quantization=_quantization(config, architecture),
             device=_device(config.device),
             num_blocks=num_blocks,
             max_context=max_context,
@@ -93,6 +94,14 @@ class EnginePlan:
     @property
     def pool_bytes(self) -> int:
         return self.num_blocks * self.layout.block_bytes
+
+
+def _quantization(config: TandemConfig, architecture: Architecture) -> QuantizationPlan:
+    plan = QuantizationPlan.of_mode(config.quantization, config.quantization_exclude)
+    if unmatched := plan.unmatched(architecture):
+        names = ", ".join(quantizable(architecture))
+        raise ConfigError(f"quantization_exclude: no weight is called {', '.join(unmatched)}; there are {names}")
+    return plan
 
 
 def _batch_tokens(section: PrefillConfig | DecodeConfig) -> int:

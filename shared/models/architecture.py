@@ -49,18 +49,21 @@ class QkNorm:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in the place of the MLP of `layers` (True: this layer has one).
+    """A mixture of experts in the place of the MLP: `counts` of each layer, 0 where it has its MLP.
 
-    Each token goes to `per_token` of `count`, with the softmax of all logits as weights, which add up to 1 if
-    `renormalize`. `shared_size`: width of an MLP that every token goes through besides, weighted by a sigmoid; 0: none.
+    Each token goes to `per_token` of them, with the softmax of all logits as weights, which add up to 1 if
+    `renormalize`. `shared_size`: width of an MLP that every token goes through besides, weighted by a sigmoid, or if
+    `residual` against the experts' sum by a softmax of two; 0: none. `bias`: experts, that MLP and the two logits have
+    biases.
     """
 
-    count: int
+    counts: tuple[int, ...]
     per_token: int
     intermediate_size: int
     renormalize: bool
-    layers: tuple[bool, ...]
     shared_size: int = 0
+    residual: bool = False
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,15 @@ class Architecture:
     @property
     def up_size(self) -> int:
         """Outputs of the MLP's first projection: of gate and up in one, or of up alone."""
-        return (2 if self.gated else 1) * self.intermediate_size
+        return self.up_size_of(self.intermediate_size)
+
+    def up_size_of(self, width: int) -> int:
+        """Of an MLP of that width."""
+        return (2 if self.gated else 1) * width
 
     def has_experts(self, layer: int) -> bool:
-        return self.experts is not None and self.experts.layers[layer]
+        return self.num_experts(layer) > 0
+
+    def num_experts(self, layer: int) -> int:
+        """0 where the layer has an MLP."""
+        return self.experts.counts[layer] if self.experts else 0

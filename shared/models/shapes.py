@@ -51,7 +51,7 @@ def layer_shapes(a: Architecture, layer: int) -> Shapes:
     if has_norm and (not a.parallel or a.parallel_norms):
         shapes |= _norm(a, "mlp_norm")
     if a.has_experts(layer):
-        shapes |= _expert_shapes(a)
+        shapes |= _expert_shapes(a, a.num_experts(layer))
     else:
         shapes |= _linear("up", a.up_size, a.hidden_size, a.mlp_bias)
         shapes |= _linear("down", a.hidden_size, a.intermediate_size, a.mlp_bias)
@@ -60,21 +60,19 @@ def layer_shapes(a: Architecture, layer: int) -> Shapes:
     return shapes
 
 
-def _expert_shapes(a: Architecture) -> Shapes:
+def _expert_shapes(a: Architecture, count: int) -> Shapes:
     experts = a.experts
     if experts is None:
         return {}
-    shapes: Shapes = {
-        "router.weight": (experts.count, a.hidden_size),
-        "experts_up.weight": (experts.count, 2 * experts.intermediate_size, a.hidden_size),
-        "experts_down.weight": (experts.count, a.hidden_size, experts.intermediate_size),
-    }
-    if experts.shared_size:
-        shapes |= {
-            "shared_up.weight": (2 * experts.shared_size, a.hidden_size),
-            "shared_down.weight": (a.hidden_size, experts.shared_size),
-            "shared_gate.weight": (1, a.hidden_size),
-        }
+    hidden, width, shared = a.hidden_size, experts.intermediate_size, experts.shared_size
+    shapes: Shapes = {"router.weight": (count, hidden)}
+    for name, outputs, inputs in (("experts_up", a.up_size_of(width), hidden), ("experts_down", hidden, width)):
+        of_each = _linear(name, outputs, inputs, experts.bias)
+        shapes |= {ours: (count, *shape) for ours, shape in of_each.items()}
+    if shared:
+        shapes |= _linear("shared_up", a.up_size_of(shared), hidden, experts.bias)
+        shapes |= _linear("shared_down", hidden, shared, experts.bias)
+        shapes |= _linear("shared_gate", 2 if experts.residual else 1, hidden, experts.residual and experts.bias)
     return shapes
 
 

@@ -132,8 +132,8 @@ class Transformer:
         assert layer.router
         assert layer.experts_up
         assert layer.experts_down
-        rows, k = x.shape[0], experts.per_token
-        logits = self.linear(x, layer.router, take("router", rows, experts.count))
+        rows, k, count = x.shape[0], experts.per_token, layer.experts_up.num_experts
+        logits = self.linear(x, layer.router, take("router", rows, count))
         weights, chosen = top_k_gating(
             logits,
             k,
@@ -141,9 +141,9 @@ class Transformer:
             weights_out=take("pair_weights", rows, k, torch.float32),
             experts_out=take("pair_experts", rows, k, torch.int32),
         )
-        memory = take("routing", 1, routing_size(rows * k, experts.count), torch.int32)[0]
-        routing = route(chosen, experts.count, out=memory)
-        up = take("experts_up", rows * k, 2 * experts.intermediate_size)
+        memory = take("routing", 1, routing_size(rows * k, count), torch.int32)[0]
+        routing = route(chosen, count, out=memory)
+        up = take("experts_up", rows * k, layer.experts_up.out_features)
         grouped_linear(x, layer.experts_up, routing, out=up)
         activated = self._activated(up, take, "experts_activated")
         y = take("experts_down", rows * k, x.shape[1], torch.float32)
@@ -158,7 +158,7 @@ class Transformer:
         up = self.linear(x, layer.shared_up, take("shared_up", rows, layer.shared_up.out_features))
         activated = self._activated(up, take, "shared_activated")
         shared = self.linear(activated, layer.shared_down, take("shared_down", rows, x.shape[1]))
-        return shared, self.linear(x, layer.shared_gate, take("shared_gate", rows, 1))
+        return shared, self.linear(x, layer.shared_gate, take("shared_gate", rows, layer.shared_gate.out_features))
 
 
 class _Stream:

@@ -12,18 +12,15 @@ from torch import Tensor
 
 from kernels.experts import ExpertWeights
 from kernels.linear import LinearWeight, packing, probe_row_invariance
-from kernels.quantization import Integers, Quantization
+from kernels.quantization import Integers
 from shared.checkpoint import Checkpoint, CheckpointError, check_names, place_of
-from shared.config import QuantizationMode
 from shared.models.architecture import Architecture
+from shared.models.quantization import QuantizationPlan
 from shared.models.shapes import EXPERTS, LINEARS, Shapes, layer_shapes, model_shapes, modules_of
 from shared.policies.names import Source, choose
 from shared.policies.policy import Policy
 from shared.policies.table import POLICIES
 
-# Input features that share a scale and an offset, as in GGUF's Q4_1, of which the default model's file is made. Groups
-# of 64 without offsets read a quarter less, and raised that model's perplexity by 40%.
-_INT4_GROUP, _INT4_GROUP_LEAST = 32, 8
 _TABLES = ("embedding", "positions", "token_types")  # read row by row
 _PLAIN_LINEARS = ("router", "shared_gate", "patches")  # never quantized
 
@@ -139,16 +136,17 @@ def load_weights(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
-    quantization: QuantizationMode = "none",
+    quantization: QuantizationPlan | None = None,
     policy: Policy | None = None,
 ) -> ModelWeights:
     """Reads parameter by parameter, so that at most one is held raw and packed at once.
 
-    policy: whose names the checkpoint has; default: the family's. Raises CheckpointError naming parameters that are
-    missing, unexpected or of another shape than the config says.
+    quantization: default, none of them. policy: whose names the checkpoint has; default: the family's.
+    Raises CheckpointError naming parameters that are missing, unexpected or of another shape than the config says, and
+    ValueError naming a weight that cannot be cut into the groups it should have.
     """
     policy = policy or POLICIES[architecture.family]
-    return _Loader(architecture, policy, checkpoint, dtype, device, quantization).load()
+    return _Loader(architecture, policy, checkpoint, dtype, device, quantization or QuantizationPlan()).load()
 
 
 class _Loader:
@@ -159,11 +157,10 @@ class _Loader:
         checkpoint: Checkpoint,
         dtype: torch.dtype,
         device: torch.device | str,
-        quantization: QuantizationMode,
+        quantization: QuantizationPlan,
     ) -> None:
         self.architecture, self.policy, self.checkpoint = architecture, policy, checkpoint
-        self.dtype, self.device = dtype, device
-        self.quantization: QuantizationMode = quantization
+        self.dtype, self.device, self.quantization = dtype, device, quantization
         self.present = checkpoint.names()
         base = policy.base + "."
         self.base = "" if any(name.startswith(base) for name in self.present) else base
@@ -196,7 +193,7 @@ class _Loader:
             expected |= set(self._source(ours).names)
         for layer in range(a.num_layers):
             for ours, shape in layer_shapes(a, layer).items():
-                count = shape[0] if ours.removesuffix(".weight") in EXPERTS else 1
+                count = shape[0] if ours.split(".")[0] in EXPERTS else 1
                 for expert in range(count):
                     expected |= set(self._source(ours).at(layer, expert, self._heads(ours)).names)
         return expected
@@ -211,8 +208,8 @@ class _Loader:
         if _is_norm(module):
             return self._norm(module, layer, shapes)
         if module in EXPERTS:
-            return self._experts(module, layer, shapes)
-        return self._linear(module, layer, shapes)
+            return self._experts(name, module, layer, shapes)
+        return self._linear(name, module, layer, shapes)
 
     def _norm(self, module: str, layer: int, shapes: Shapes) -> Norm:
         shape, offset = shapes[f"{module}.weight"], self.architecture.norm_offset
@@ -220,7 +217,7 @@ class _Loader:
         bias = self._tensor(f"{module}.bias", layer, shape) if f"{module}.bias" in shapes else None
         return Norm(weight + offset if offset else weight, bias)
 
-    def _linear(self, module: str, layer: int, shapes: Shapes) -> LinearWeight:
+    def _linear(self, name: str, module: str, layer: int, shapes: Shapes) -> LinearWeight:
         bias_name = f"{module}.bias"
         bias = self._tensor(bias_name, layer, shapes[bias_name]) if bias_name in shapes else None
         if module == "lm_head":
@@ -229,25 +226,29 @@ class _Loader:
             tied = self.architecture.tie_embeddings
             weight = self.embedding if tied else self._tensor("lm_head.weight", layer, shapes["lm_head.weight"])
             assert weight is not None
-            return LinearWeight(weight, bias, _lm_head_quantization(self.quantization))
+            return LinearWeight(weight, bias, self.quantization.of(name, weight.shape[1]))
         shape = shapes[f"{module}.weight"]
-        how = _quantization(self.quantization, shape[1]) if module in LINEARS else None
+        how = self.quantization.of(name, shape[1]) if module in LINEARS else None
         integers = None if how is None else self._integers(f"{module}.weight", layer, shape, how.bits)
         if integers is not None:
             return LinearWeight.of_integers(integers, bias, self.dtype)
         return LinearWeight(self._tensor(f"{module}.weight", layer, shape), bias, how)
 
-    def _experts(self, module: str, layer: int, shapes: Shapes) -> ExpertWeights:
+    def _experts(self, name: str, module: str, layer: int, shapes: Shapes) -> ExpertWeights:
         shape = shapes[f"{module}.weight"]
         source = self._source(f"{module}.weight")
         if source.how == "stacked":
-            [name] = source.at(layer).names
-            stacked = self.checkpoint.tensor(name)
-            self._check_shape((name,), stacked.shape, shape)
+            [stored] = source.at(layer).names
+            stacked = self.checkpoint.tensor(stored)
+            self._check_shape((stored,), stacked.shape, shape)
             each = (self._placed(one) for one in stacked)
         else:
             each = (self._built(source.at(layer, expert), shape[1:]) for expert in range(shape[0]))
-        return ExpertWeights(each, shape[0], _quantization(self.quantization, shape[2]))
+        bias, bias_shape = None, shapes.get(f"{module}.bias")
+        if bias_shape is not None:
+            source = self._source(f"{module}.bias")
+            bias = torch.stack([self._built(source.at(layer, e), bias_shape[1:]) for e in range(shape[0])])
+        return ExpertWeights(each, shape[0], self.quantization.of(name, shape[2]), bias=bias)
 
     def _integers(self, ours: str, layer: int, shape: tuple[int, ...], bits: int) -> Integers | None:
         """The file's own, where all parts have them, of so many bits and made alike."""
@@ -311,22 +312,9 @@ class _Loader:
             )
 
 
-def packing_of(mode: QuantizationMode, dtype: torch.dtype) -> str:
-    """How the weights of a mode are packed: another text for another form."""
-    return repr((_quantization(mode, 1 << 16), _lm_head_quantization(mode), packing(dtype), "the file's own integers"))
-
-
-def _lm_head_quantization(mode: QuantizationMode) -> Quantization | None:
-    """int8 in both modes: its errors go straight to the sampler."""
-    return None if mode == "none" else Quantization(8)
-
-
-def _quantization(mode: QuantizationMode, in_features: int) -> Quantization | None:
-    """int8 for each row; int4 with offsets for each group, or for each row where it cannot be cut into groups."""
-    if mode == "int4":
-        group = math.gcd(_INT4_GROUP, in_features)
-        return Quantization(4, group if group >= _INT4_GROUP_LEAST else None, symmetric=False)
-    return Quantization(8) if mode == "int8" else None
+def packing_of(quantization: QuantizationPlan, dtype: torch.dtype) -> str:
+    """How the weights of a plan are packed: another text for another form."""
+    return repr((quantization, packing(dtype), "the file's own integers"))
 
 
 def _is_norm(module: str) -> bool:

@@ -15,11 +15,10 @@ _MLP = "model.layers.{layer}.mlp."
 
 def _rest(fields: Fields) -> Mapping[str, object]:
     experts = Experts(
-        count=fields.integer("num_local_experts"),
+        counts=(fields.integer("num_local_experts"),) * fields.integer("num_hidden_layers"),
         per_token=fields.integer("num_experts_per_tok"),
         intermediate_size=fields.integer("intermediate_size"),
         renormalize=True,
-        layers=(True,) * fields.integer("num_hidden_layers"),
     )
     return {"experts": experts}
 

@@ -25,12 +25,12 @@ def experts_of(fields: Fields, shared_size: int) -> Mapping[str, object]:
     step, dense = fields.integer("decoder_sparse_step", 1), fields.integers("mlp_only_layers")
     if not count:
         return {}
+    sparse = (layer not in dense and step > 0 and (layer + 1) % step == 0 for layer in range(num_layers))
     experts = Experts(
-        count=count,
+        counts=tuple(count * is_sparse for is_sparse in sparse),
         per_token=fields.integer("num_experts_per_tok"),
         intermediate_size=fields.integer("moe_intermediate_size"),
         renormalize=fields.flag("norm_topk_prob"),
-        layers=tuple(layer not in dense and step > 0 and (layer + 1) % step == 0 for layer in range(num_layers)),
         shared_size=shared_size,
     )
     return {"experts": experts}

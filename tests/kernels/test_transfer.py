@@ -66,18 +66,22 @@ def assert_as_the_reference(
     target_table: Tensor,
     target_offset: int,
     num_tokens: int,
-    first_head: int = 0,
+    heads: tuple[int, int, int | None] = (0, 0, None),
 ) -> Tensor:
-    """The target, whose blocks are those of the table and one more. The reference computes on the CPU."""
+    """The target, whose blocks are those of the table and one more. The reference computes on the CPU.
+
+    heads: the source's first, the target's first, how many.
+    """
+    slices = dict(zip(("source_head", "target_head", "num_heads"), heads, strict=True))
     expected = poisoned(target_format, len(target_table) + 1)
     target = expected.to(on, copy=True)
     arguments = (target_format, target_table, target_offset, num_tokens)
     transfer_tokens_reference(
-        source, source_format, source_table, source_offset, expected, *arguments, first_head=first_head
+        source, source_format, source_table, source_offset, expected, *arguments, **slices
     )
     transfer_tokens(
         source.to(on), source_format, source_table.to(on), source_offset,
-        target, target_format, target_table.to(on), target_offset, num_tokens, first_head=first_head,
+        target, target_format, target_table.to(on), target_offset, num_tokens, **slices,
     )  # fmt: skip
     assert torch.equal(target.cpu(), expected)
     return expected
@@ -104,20 +108,21 @@ def test_matches_the_reference(
 ) -> None:
     torch.manual_seed(source_tokens)
     num_tokens = 70
-    for source_offset, target_offset, num_layers, head_dim, first_head, num_heads in (
-        (0, 0, 1, 16, 0, 3),  # from the edges of blocks on, and every head
-        (source_tokens, 2 * target_tokens, 2, 8, 1, 2),  # the tables' first blocks hold none of them
-        (source_tokens - 1, target_tokens + 3, 1, 24, 2, 1),
-        (5, 5, 1, 16, 0, 2),
+    for source_offset, target_offset, num_layers, head_dim, target_heads, heads in (
+        (0, 0, 1, 16, 3, (0, 0, None)),  # from the edges of blocks on, and every head
+        (source_tokens, 2 * target_tokens, 2, 8, 2, (1, 0, 2)),  # the tables' first blocks hold none of them
+        (source_tokens - 1, target_tokens + 3, 1, 24, 1, (2, 0, 1)),
+        (5, 5, 1, 16, 2, (0, 0, None)),
+        (0, 0, 2, 8, 4, (1, 2, 2)),  # beside heads of others in both
     ):
         source_format = KvFormat(source_dtype, num_layers, 3, head_dim, source_tokens)
-        target_format = KvFormat(target_dtype, num_layers, num_heads, head_dim, target_tokens)
+        target_format = KvFormat(target_dtype, num_layers, target_heads, head_dim, target_tokens)
         source_table = shuffled(source_format, source_offset + num_tokens)
         target_table = shuffled(target_format, target_offset + num_tokens)
         source = filled(source_format, len(source_table) + 1)
         assert_as_the_reference(
             on, source, source_format, source_table, source_offset,
-            target_format, target_table, target_offset, num_tokens, first_head,
+            target_format, target_table, target_offset, num_tokens, heads,
         )  # fmt: skip
 
 
@@ -158,7 +163,7 @@ def test_every_other_byte_stays(on: str, source_dtype: str, target_dtype: str) -
     target = poisoned(target_format, 3).to(on)
     transfer_tokens(
         source.to(on), source_format, table(1, 0).to(on), 2, target, target_format, table(2, 0).to(on), 6, 5,
-        first_head=1,
+        source_head=1,
     )  # fmt: skip
     assert torch.equal(target.cpu(), torch.where(marked == 1, 0, POISON).to(torch.uint8))
 
@@ -344,8 +349,13 @@ def test_broken_contracts_are_refused() -> None:
     refused("formats must share head_dim, got 8 and 16", target_format=KvFormat("float32", 2, 2, 16, 2))
     odd = KvFormat("float32", 2, 2, 4, 2)
     refused("head_dim must be a multiple of 8, got 4", source_format=odd, target_format=odd)
-    for first_head in (-1, 3):
-        refused(f"2 heads from first_head {first_head} on must be among the source's 4", first_head=first_head)
+    for head in (-1, 3):
+        refused(f"2 heads from source_head {head} on must be among the source's 4", source_head=head)
+    refused("1 heads from source_head 4 on must be among the source's 4", source_head=4, target_head=1)
+    for heads in ({"target_head": -1, "num_heads": 1}, {"target_head": 1, "num_heads": 2}):
+        refused(r"heads from target_head -?\d on must be among the target's 2", **heads)
+    for heads in ({"num_heads": 0}, {"target_head": 2}):
+        refused("0 heads from source_head 0 on must be among the source's 4", **heads)
     refused("num_tokens must not be negative", num_tokens=-1)
     for name, pool in (("source", source), ("target", target)):
         apart = torch.zeros(len(pool), pool.shape[1] + 4, dtype=torch.uint8)[:, 4:]

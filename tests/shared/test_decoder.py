@@ -24,6 +24,7 @@ from shared.config import QuantizationMode
 from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights
 from shared.models.decoder import Decoder
+from shared.models.quantization import QuantizationPlan
 from shared.models.weights import load_weights
 from shared.policies.table import architecture_of
 from tests.tiny_models import smollm2, tiny_model
@@ -37,7 +38,8 @@ DISTINCT_KINDS = ("llama", "llama-yarn", "mistral", "qwen2-sliding", "qwen3")
 def load(files: ModelFiles, dtype: str, quantization: QuantizationMode = "none") -> Decoder:
     architecture = architecture_of(files.config)
     checkpoint = open_checkpoint(files)
-    weights = load_weights(architecture, checkpoint, dtype=DTYPES[dtype], device="cpu", quantization=quantization)
+    plan = QuantizationPlan.of_mode(quantization)
+    weights = load_weights(architecture, checkpoint, dtype=DTYPES[dtype], device="cpu", quantization=plan)
     return Decoder(architecture, weights)
 
 

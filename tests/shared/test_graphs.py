@@ -16,6 +16,7 @@ from shared.graphs import ReplayRunner
 from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights, read_json
 from shared.models.decoder import Decoder
+from shared.models.quantization import QuantizationPlan
 from shared.models.weights import load_weights
 from shared.policies.table import architecture_of
 
@@ -32,7 +33,11 @@ def runs(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path]) -> t
     architecture = architecture_of(read_json(folder / "config.json"))
     dtype, quantization = request.param
     weights = load_weights(
-        architecture, open_checkpoint(files), dtype=DTYPES[dtype], device="cpu", quantization=quantization
+        architecture,
+        open_checkpoint(files),
+        dtype=DTYPES[dtype],
+        device="cpu",
+        quantization=QuantizationPlan.of_mode(quantization),
     )
     decoder = Decoder(architecture, weights)
     layout = KvLayout.of(architecture, "", dtype, BLOCK_TOKENS)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights
 from shared.model_store import ModelStore
 from shared.models.decoder import Decoder
+from shared.models.quantization import QuantizationPlan
 from shared.models.weights import ModelWeights, load_weights, packing_of
 from shared.packed_weights import share_packed
 from shared.policies.table import architecture_of
@@ -126,17 +128,18 @@ def test_a_small_model_leaves_nothing_in_the_cache(cache: Path, tiny_model: Call
 
 
 def test_how_it_is_quantized_decides_the_file() -> None:
-    packings = {packing_of(mode, torch.bfloat16) for mode in ("none", "int8", "int4")}
-    assert len(packings) == 3
-    assert "group=" in packing_of("int4", torch.bfloat16), "another group size must not find the old file"
+    plans = [QuantizationPlan.of_mode(mode) for mode in get_args(QuantizationMode)]
+    plans += [QuantizationPlan.of_mode("int8", exclude) for exclude in (("lm_head",), ("lm_head", "*.down"))]
+    assert len({packing_of(plan, torch.bfloat16) for plan in plans}) == len(plans) > 7
+    assert "group=32" in packing_of(QuantizationPlan.of_mode("int4"), torch.bfloat16), "or another would find its file"
 
 
 def test_what_the_cpu_multiplies_decides_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     packings = set()
     for has_pairs in (False, True):
         monkeypatch.setattr(linear, "_cpu_has_pairs", lambda has_pairs=has_pairs: has_pairs)
-        packings.add(packing_of("none", torch.bfloat16))
-        packings.add(packing_of("none", torch.float32))
+        packings.add(packing_of(QuantizationPlan(), torch.bfloat16))
+        packings.add(packing_of(QuantizationPlan(), torch.float32))
     assert len(packings) == 2
 
 
@@ -164,9 +167,8 @@ def test_a_decoder_over_mapped_weights_has_the_same_bits(
     folder = tiny_model(kind)
     files = ModelFiles(kind, folder, find_weights(folder), "")
     architecture = architecture_of(files.config)
-    weights = load_weights(
-        architecture, open_checkpoint(files), dtype=torch.float32, device="cpu", quantization=quantization
-    )
+    plan = QuantizationPlan.of_mode(quantization)
+    weights = load_weights(architecture, open_checkpoint(files), dtype=torch.float32, device="cpu", quantization=plan)
     tensors = share(weights.tensors)
     mapped = ModelWeights.from_tensors(architecture, tensors)
     assert mapped.tensors().keys() == tensors.keys()

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import types_pb2 as tandem_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12tandem/v1/kv.proto\x12\ttandem.v1\x1a\x15tandem/v1/types.proto\"\xd1\x01\n\x08KvLayout\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\r\x12\r\n\x05order\x18\x08 \x01(\t\x12\x0e\n\x06\x64igest\x18\t \x01(\t\x12\x15\n\rfirst_kv_head\x18\n \x01(\r\"\x9d\x01\n\x10HandshakeRequest\x12#\n\x06layout\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0f\n\x07host_id\x18\x03 \x01(\t\x12(\n\ntransports\x18\x04 \x03(\x0e\x32\x14.tandem.v1.Transport\x12\x16\n\x0e\x63onverts_dtype\x18\x05 \x01(\x08\"\xc3\x01\n\x11HandshakeResponse\x12#\n\x06layout\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12$\n\x07handles\x18\x05 \x03(\x0b\x32\x13.tandem.v1.KvHandle\x12-\n\x08refusals\x18\x06 \x03(\x0b\x32\x1b.tandem.v1.TransportRefusal\"\xca\x01\n\x08KvHandle\x12,\n\x08\x63uda_ipc\x18\x01 \x01(\x0b\x32\x18.tandem.v1.CudaIpcHandleH\x00\x12\x36\n\rshared_memory\x18\x02 \x01(\x0b\x32\x1d.tandem.v1.SharedMemoryHandleH\x00\x12%\n\x04nixl\x18\x03 \x01(\x0b\x32\x15.tandem.v1.NixlHandleH\x00\x12)\n\x06inline\x18\x04 \x01(\x0b\x32\x17.tandem.v1.InlineHandleH\x00\x42\x06\n\x04kind\"s\n\rCudaIpcHandle\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bsocket_path\x18\x04 \x01(\t\x12\x15\n\revent_handles\x18\x05 \x03(\x0c\"L\n\x12SharedMemoryHandle\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06staged\x18\x03 \x01(\x08\"$\n\nNixlHandle\x12\x16\n\x0e\x61gent_metadata\x18\x01 \x01(\x0c\"#\n\x0cInlineHandle\x12\x13\n\x0b\x63hunk_bytes\x18\x01 \x01(\r\"\xc0\x01\n\x08KvExtent\x12\x13\n\x0bkv_endpoint\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x15\n\rlayout_digest\x18\x03 \x01(\t\x12\x11\n\tblock_ids\x18\x04 \x03(\r\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\r\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\x12\x12\n\x05\x63rc32\x18\x07 \x01(\x07H\x00\x88\x01\x01\x12\x11\n\texport_id\x18\x08 \x01(\t\x12\x0c\n\x04mark\x18\t \x01(\x04\x42\x08\n\x06_crc32\"`\n\x0c\x46\x65tchRequest\x12\x11\n\texport_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x0c\n\x04mark\x18\x04 \x01(\x04\x12\r\n\x05stage\x18\x05 \x01(\x08\"\x1d\n\rFetchResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\x91\x01\n\tKvService\x12\x46\n\tHandshake\x12\x1b.tandem.v1.HandshakeRequest\x1a\x1c.tandem.v1.HandshakeResponse\x12<\n\x05\x46\x65tch\x12\x17.tandem.v1.FetchRequest\x1a\x18.tandem.v1.FetchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12tandem/v1/kv.proto\x12\ttandem.v1\x1a\x15tandem/v1/types.proto\"\xd1\x01\n\x08KvLayout\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\r\x12\r\n\x05order\x18\x08 \x01(\t\x12\x0e\n\x06\x64igest\x18\t \x01(\t\x12\x15\n\rfirst_kv_head\x18\n \x01(\r\"\x9d\x01\n\x10HandshakeRequest\x12#\n\x06layout\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x0f\n\x07host_id\x18\x03 \x01(\t\x12(\n\ntransports\x18\x04 \x03(\x0e\x32\x14.tandem.v1.Transport\x12\x16\n\x0e\x63onverts_dtype\x18\x05 \x01(\x08\"\xe5\x01\n\x11HandshakeResponse\x12#\n\x06layout\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12$\n\x07handles\x18\x05 \x03(\x0b\x32\x13.tandem.v1.KvHandle\x12-\n\x08refusals\x18\x06 \x03(\x0b\x32\x1b.tandem.v1.TransportRefusal\x12 \n\x05pools\x18\x07 \x03(\x0b\x32\x11.tandem.v1.KvPool\"S\n\x06KvPool\x12#\n\x06layout\x18\x01 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12$\n\x07handles\x18\x02 \x03(\x0b\x32\x13.tandem.v1.KvHandle\"\xca\x01\n\x08KvHandle\x12,\n\x08\x63uda_ipc\x18\x01 \x01(\x0b\x32\x18.tandem.v1.CudaIpcHandleH\x00\x12\x36\n\rshared_memory\x18\x02 \x01(\x0b\x32\x1d.tandem.v1.SharedMemoryHandleH\x00\x12%\n\x04nixl\x18\x03 \x01(\x0b\x32\x15.tandem.v1.NixlHandleH\x00\x12)\n\x06inline\x18\x04 \x01(\x0b\x32\x17.tandem.v1.InlineHandleH\x00\x42\x06\n\x04kind\"s\n\rCudaIpcHandle\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bsocket_path\x18\x04 \x01(\t\x12\x15\n\revent_handles\x18\x05 \x03(\x0c\"L\n\x12SharedMemoryHandle\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06staged\x18\x03 \x01(\x08\"$\n\nNixlHandle\x12\x16\n\x0e\x61gent_metadata\x18\x01 \x01(\x0c\"#\n\x0cInlineHandle\x12\x13\n\x0b\x63hunk_bytes\x18\x01 \x01(\r\"\xd4\x01\n\x08KvExtent\x12\x13\n\x0bkv_endpoint\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x15\n\rlayout_digest\x18\x03 \x01(\t\x12\x11\n\tblock_ids\x18\x04 \x03(\r\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\r\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\x12\x12\n\x05\x63rc32\x18\x07 \x01(\x07H\x00\x88\x01\x01\x12\x11\n\texport_id\x18\x08 \x01(\t\x12\x0c\n\x04mark\x18\t \x01(\x04\x12\x12\n\npool_crc32\x18\n \x03(\x07\x42\x08\n\x06_crc32\"n\n\x0c\x46\x65tchRequest\x12\x11\n\texport_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x0c\n\x04mark\x18\x04 \x01(\x04\x12\r\n\x05stage\x18\x05 \x01(\x08\x12\x0c\n\x04pool\x18\x06 \x01(\r\"\x1d\n\rFetchResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\x91\x01\n\tKvService\x12\x46\n\tHandshake\x12\x1b.tandem.v1.HandshakeRequest\x1a\x1c.tandem.v1.HandshakeResponse\x12<\n\x05\x46\x65tch\x12\x17.tandem.v1.FetchRequest\x1a\x18.tandem.v1.FetchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,23 +37,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDSHAKEREQUEST']._serialized_start=269
   _globals['_HANDSHAKEREQUEST']._serialized_end=426
   _globals['_HANDSHAKERESPONSE']._serialized_start=429
-  _globals['_HANDSHAKERESPONSE']._serialized_end=624
-  _globals['_KVHANDLE']._serialized_start=627
-  _globals['_KVHANDLE']._serialized_end=829
-  _globals['_CUDAIPCHANDLE']._serialized_start=831
-  _globals['_CUDAIPCHANDLE']._serialized_end=946
-  _globals['_SHAREDMEMORYHANDLE']._serialized_start=948
-  _globals['_SHAREDMEMORYHANDLE']._serialized_end=1024
-  _globals['_NIXLHANDLE']._serialized_start=1026
-  _globals['_NIXLHANDLE']._serialized_end=1062
-  _globals['_INLINEHANDLE']._serialized_start=1064
-  _globals['_INLINEHANDLE']._serialized_end=1099
-  _globals['_KVEXTENT']._serialized_start=1102
-  _globals['_KVEXTENT']._serialized_end=1294
-  _globals['_FETCHREQUEST']._serialized_start=1296
-  _globals['_FETCHREQUEST']._serialized_end=1392
-  _globals['_FETCHRESPONSE']._serialized_start=1394
-  _globals['_FETCHRESPONSE']._serialized_end=1423
-  _globals['_KVSERVICE']._serialized_start=1426
-  _globals['_KVSERVICE']._serialized_end=1571
+  _globals['_HANDSHAKERESPONSE']._serialized_end=658
+  _globals['_KVPOOL']._serialized_start=660
+  _globals['_KVPOOL']._serialized_end=743
+  _globals['_KVHANDLE']._serialized_start=746
+  _globals['_KVHANDLE']._serialized_end=948
+  _globals['_CUDAIPCHANDLE']._serialized_start=950
+  _globals['_CUDAIPCHANDLE']._serialized_end=1065
+  _globals['_SHAREDMEMORYHANDLE']._serialized_start=1067
+  _globals['_SHAREDMEMORYHANDLE']._serialized_end=1143
+  _globals['_NIXLHANDLE']._serialized_start=1145
+  _globals['_NIXLHANDLE']._serialized_end=1181
+  _globals['_INLINEHANDLE']._serialized_start=1183
+  _globals['_INLINEHANDLE']._serialized_end=1218
+  _globals['_KVEXTENT']._serialized_start=1221
+  _globals['_KVEXTENT']._serialized_end=1433
+  _globals['_FETCHREQUEST']._serialized_start=1435
+  _globals['_FETCHREQUEST']._serialized_end=1545
+  _globals['_FETCHRESPONSE']._serialized_start=1547
+  _globals['_FETCHRESPONSE']._serialized_end=1576
+  _globals['_KVSERVICE']._serialized_start=1579
+  _globals['_KVSERVICE']._serialized_end=1724
 # @@protoc_insertion_point(module_scope)

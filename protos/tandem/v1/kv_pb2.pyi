@@ -98,7 +98,7 @@ class HandshakeRequest(_message.Message):
     """blocks of another dtype are welcome"""
     @_builtins.property
     def layout(self) -> Global___KvLayout:
-        """layout of the decode worker's pool"""
+        """layout of the decode worker's pool; of several, what they hold together"""
 
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.Transport.ValueType]:
@@ -123,7 +123,9 @@ Global___HandshakeRequest: _TypeAlias = HandshakeRequest  # noqa: Y015
 
 @_typing.final
 class HandshakeResponse(_message.Message):
-    """A prefill worker's pool."""
+    """A prefill worker's pool. Ranks that compute one model in parallel have a pool each, and a block of the worker is the
+    blocks of one number in all of them.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -133,23 +135,28 @@ class HandshakeResponse(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
     HANDLES_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
+    POOLS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """id of the prefill worker"""
     epoch: _builtins.int
     """of the pool; a restarted worker has a new one"""
     num_blocks: _builtins.int
-    """blocks in the pool"""
+    """blocks in the pool, and in each of several"""
     @_builtins.property
     def layout(self) -> Global___KvLayout:
-        """layout of the prefill worker's pool"""
+        """layout of the prefill worker's pool; of several, what they hold together"""
 
     @_builtins.property
     def handles(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvHandle]:
-        """how to reach the pool, best transport first"""
+        """how to reach the pool, best transport first; empty where there are several"""
 
     @_builtins.property
     def refusals(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TransportRefusal]:
         """transports that were asked for and cannot be offered"""
+
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvPool]:
+        """of a worker with several, one for each rank; every head is in one of them or in more"""
 
     def __init__(
         self,
@@ -160,14 +167,45 @@ class HandshakeResponse(_message.Message):
         num_blocks: _builtins.int = ...,
         handles: _abc.Iterable[Global___KvHandle] | None = ...,
         refusals: _abc.Iterable[_types_pb2.TransportRefusal] | None = ...,
+        pools: _abc.Iterable[Global___KvPool] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "handles", b"handles", "layout", b"layout", "num_blocks", b"num_blocks", "refusals", b"refusals", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "handles", b"handles", "layout", b"layout", "num_blocks", b"num_blocks", "pools", b"pools", "refusals", b"refusals", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HandshakeResponse: _TypeAlias = HandshakeResponse  # noqa: Y015
+
+@_typing.final
+class KvPool(_message.Message):
+    """One of the pools of a worker that has several."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    HANDLES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def layout(self) -> Global___KvLayout:
+        """its slice of the heads; every other field as in the worker's layout"""
+
+    @_builtins.property
+    def handles(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvHandle]:
+        """how to reach it, best transport first; the transports are those of the other pools"""
+
+    def __init__(
+        self,
+        *,
+        layout: Global___KvLayout | None = ...,
+        handles: _abc.Iterable[Global___KvHandle] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handles", b"handles", "layout", b"layout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvPool: _TypeAlias = KvPool  # noqa: Y015
 
 @_typing.final
 class KvHandle(_message.Message):
@@ -342,12 +380,13 @@ class KvExtent(_message.Message):
     CRC32_FIELD_NUMBER: _builtins.int
     EXPORT_ID_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
+    POOL_CRC32_FIELD_NUMBER: _builtins.int
     kv_endpoint: _builtins.str
     """host:port of the KvService that owns the pool"""
     epoch: _builtins.int
     """of the pool"""
     layout_digest: _builtins.str
-    """of the pool's layout"""
+    """of the pool's layout; of several, of what they hold together"""
     first_token: _builtins.int
     """position of the first token in the first block"""
     num_tokens: _builtins.int
@@ -360,7 +399,11 @@ class KvExtent(_message.Message):
     """the content is there once the prefill worker's device has passed this mark; 0 = it is there"""
     @_builtins.property
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """the ragged block table: pool blocks in order of tokens"""
+        """the ragged block table: pool blocks in order of tokens; in several pools, of each"""
+
+    @_builtins.property
+    def pool_crc32(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of a worker with several pools: of each in turn, what crc32 is of one"""
 
     def __init__(
         self,
@@ -374,10 +417,11 @@ class KvExtent(_message.Message):
         crc32: _builtins.int | None = ...,
         export_id: _builtins.str = ...,
         mark: _builtins.int = ...,
+        pool_crc32: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "crc32", b"crc32"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "block_ids", b"block_ids", "crc32", b"crc32", "epoch", b"epoch", "export_id", b"export_id", "first_token", b"first_token", "kv_endpoint", b"kv_endpoint", "layout_digest", b"layout_digest", "mark", b"mark", "num_tokens", b"num_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_crc32", b"_crc32", "block_ids", b"block_ids", "crc32", b"crc32", "epoch", b"epoch", "export_id", b"export_id", "first_token", b"first_token", "kv_endpoint", b"kv_endpoint", "layout_digest", b"layout_digest", "mark", b"mark", "num_tokens", b"num_tokens", "pool_crc32", b"pool_crc32"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__crc32: _TypeAlias = _typing.Literal["crc32"]  # noqa: Y015
     _WhichOneofArgType__crc32: _TypeAlias = _typing.Literal["_crc32", b"_crc32"]  # noqa: Y015
@@ -396,6 +440,7 @@ class FetchRequest(_message.Message):
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
     export_id: _builtins.str
     """a live export"""
     epoch: _builtins.int
@@ -404,6 +449,8 @@ class FetchRequest(_message.Message):
     """of the extent: the answer comes after it has passed"""
     stage: _builtins.bool
     """puts the blocks into the shared memory of a pool on a device, and sends no bytes"""
+    pool: _builtins.int
+    """whose bytes, as an index of HandshakeResponse.pools; 0 where there is one pool"""
     @_builtins.property
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """blocks of that export; none = only says, by its status, whether the export is live"""
@@ -416,10 +463,11 @@ class FetchRequest(_message.Message):
         block_ids: _abc.Iterable[_builtins.int] | None = ...,
         mark: _builtins.int = ...,
         stage: _builtins.bool = ...,
+        pool: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "epoch", b"epoch", "export_id", b"export_id", "mark", b"mark", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "epoch", b"epoch", "export_id", b"export_id", "mark", b"mark", "pool", b"pool", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

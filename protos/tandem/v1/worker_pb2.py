@@ -26,7 +26,7 @@ from tandem.v1 import kv_pb2 as tandem_dot_v1_dot_kv__pb2
 from tandem.v1 import types_pb2 as tandem_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/worker.proto\x12\ttandem.v1\x1a\x12tandem/v1/kv.proto\x1a\x15tandem/v1/types.proto\"\x10\n\x0eGetInfoRequest\"\xdb\x03\n\x0fGetInfoResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12#\n\x04role\x18\x02 \x01(\x0e\x32\x15.tandem.v1.WorkerRole\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x04 \x01(\t\x12\x13\n\x0bmax_context\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12#\n\x06layout\x18\x07 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x13\n\x0bkv_endpoint\x18\n \x01(\t\x12\x12\n\nnum_blocks\x18\x0b \x01(\r\x12\x13\n\x0bmax_running\x18\x0c \x01(\r\x12:\n\x08versions\x18\r \x03(\x0b\x32(.tandem.v1.GetInfoResponse.VersionsEntry\x12\x1e\n\x05peers\x18\x0e \x03(\x0b\x32\x0f.tandem.v1.Peer\x12\r\n\x05\x64type\x18\x0f \x01(\t\x12\x16\n\x0e\x65mbedding_size\x18\x10 \x01(\r\x12\x12\n\nnormalizes\x18\x11 \x01(\x08\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x86\x01\n\x04Peer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bkv_endpoint\x18\x02 \x01(\t\x12\'\n\ttransport\x18\x03 \x01(\x0e\x32\x14.tandem.v1.Transport\x12-\n\x08refusals\x18\x04 \x03(\x0b\x32\x1b.tandem.v1.TransportRefusal\"&\n\x10WatchLoadRequest\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\"\xd2\x01\n\x11WatchLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\r\x12\x15\n\rqueued_tokens\x18\x05 \x01(\x04\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\r\n\x05steps\x18\x07 \x01(\x04\x12\x0f\n\x07\x65xports\x18\x08 \x01(\r\x12\x18\n\x10\x61llocated_blocks\x18\t \x01(\r\x12\r\n\x05tasks\x18\n \x01(\r\"\x0e\n\x0c\x44rainRequest\" \n\rDrainResponse\x12\x0f\n\x07running\x18\x01 \x01(\r*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x32\xd7\x01\n\rWorkerService\x12@\n\x07GetInfo\x12\x19.tandem.v1.GetInfoRequest\x1a\x1a.tandem.v1.GetInfoResponse\x12H\n\tWatchLoad\x12\x1b.tandem.v1.WatchLoadRequest\x1a\x1c.tandem.v1.WatchLoadResponse0\x01\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/worker.proto\x12\ttandem.v1\x1a\x12tandem/v1/kv.proto\x1a\x15tandem/v1/types.proto\"\x10\n\x0eGetInfoRequest\"\xe7\x03\n\x0fGetInfoResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12#\n\x04role\x18\x02 \x01(\x0e\x32\x15.tandem.v1.WorkerRole\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x04 \x01(\t\x12\x13\n\x0bmax_context\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12#\n\x06layout\x18\x07 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\r\n\x05\x65poch\x18\x08 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x13\n\x0bkv_endpoint\x18\n \x01(\t\x12\x12\n\nnum_blocks\x18\x0b \x01(\r\x12\x13\n\x0bmax_running\x18\x0c \x01(\r\x12:\n\x08versions\x18\r \x03(\x0b\x32(.tandem.v1.GetInfoResponse.VersionsEntry\x12\x1e\n\x05peers\x18\x0e \x03(\x0b\x32\x0f.tandem.v1.Peer\x12\r\n\x05\x64type\x18\x0f \x01(\t\x12\x16\n\x0e\x65mbedding_size\x18\x10 \x01(\r\x12\x12\n\nnormalizes\x18\x11 \x01(\x08\x12\n\n\x02tp\x18\x12 \x01(\r\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x86\x01\n\x04Peer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bkv_endpoint\x18\x02 \x01(\t\x12\'\n\ttransport\x18\x03 \x01(\x0e\x32\x14.tandem.v1.Transport\x12-\n\x08refusals\x18\x04 \x03(\x0b\x32\x1b.tandem.v1.TransportRefusal\"&\n\x10WatchLoadRequest\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\"\xd2\x01\n\x11WatchLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\r\x12\x15\n\rqueued_tokens\x18\x05 \x01(\x04\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\r\n\x05steps\x18\x07 \x01(\x04\x12\x0f\n\x07\x65xports\x18\x08 \x01(\r\x12\x18\n\x10\x61llocated_blocks\x18\t \x01(\r\x12\r\n\x05tasks\x18\n \x01(\r\"\x0e\n\x0c\x44rainRequest\" \n\rDrainResponse\x12\x0f\n\x07running\x18\x01 \x01(\r*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x32\xd7\x01\n\rWorkerService\x12@\n\x07GetInfo\x12\x19.tandem.v1.GetInfoRequest\x1a\x1a.tandem.v1.GetInfoResponse\x12H\n\tWatchLoad\x12\x1b.tandem.v1.WatchLoadRequest\x1a\x1c.tandem.v1.WatchLoadResponse0\x01\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,24 +35,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETINFORESPONSE_VERSIONSENTRY']._loaded_options = None
   _globals['_GETINFORESPONSE_VERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_WORKERROLE']._serialized_start=1016
-  _globals['_WORKERROLE']._serialized_end=1106
+  _globals['_WORKERROLE']._serialized_start=1028
+  _globals['_WORKERROLE']._serialized_end=1118
   _globals['_GETINFOREQUEST']._serialized_start=80
   _globals['_GETINFOREQUEST']._serialized_end=96
   _globals['_GETINFORESPONSE']._serialized_start=99
-  _globals['_GETINFORESPONSE']._serialized_end=574
-  _globals['_GETINFORESPONSE_VERSIONSENTRY']._serialized_start=527
-  _globals['_GETINFORESPONSE_VERSIONSENTRY']._serialized_end=574
-  _globals['_PEER']._serialized_start=577
-  _globals['_PEER']._serialized_end=711
-  _globals['_WATCHLOADREQUEST']._serialized_start=713
-  _globals['_WATCHLOADREQUEST']._serialized_end=751
-  _globals['_WATCHLOADRESPONSE']._serialized_start=754
-  _globals['_WATCHLOADRESPONSE']._serialized_end=964
-  _globals['_DRAINREQUEST']._serialized_start=966
-  _globals['_DRAINREQUEST']._serialized_end=980
-  _globals['_DRAINRESPONSE']._serialized_start=982
-  _globals['_DRAINRESPONSE']._serialized_end=1014
-  _globals['_WORKERSERVICE']._serialized_start=1109
-  _globals['_WORKERSERVICE']._serialized_end=1324
+  _globals['_GETINFORESPONSE']._serialized_end=586
+  _globals['_GETINFORESPONSE_VERSIONSENTRY']._serialized_start=539
+  _globals['_GETINFORESPONSE_VERSIONSENTRY']._serialized_end=586
+  _globals['_PEER']._serialized_start=589
+  _globals['_PEER']._serialized_end=723
+  _globals['_WATCHLOADREQUEST']._serialized_start=725
+  _globals['_WATCHLOADREQUEST']._serialized_end=763
+  _globals['_WATCHLOADRESPONSE']._serialized_start=766
+  _globals['_WATCHLOADRESPONSE']._serialized_end=976
+  _globals['_DRAINREQUEST']._serialized_start=978
+  _globals['_DRAINREQUEST']._serialized_end=992
+  _globals['_DRAINRESPONSE']._serialized_start=994
+  _globals['_DRAINRESPONSE']._serialized_end=1026
+  _globals['_WORKERSERVICE']._serialized_start=1121
+  _globals['_WORKERSERVICE']._serialized_end=1336
 # @@protoc_insertion_point(module_scope)

@@ -105,6 +105,7 @@ class GetInfoResponse(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     EMBEDDING_SIZE_FIELD_NUMBER: _builtins.int
     NORMALIZES_FIELD_NUMBER: _builtins.int
+    TP_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """unique among running workers; new at each start"""
     role: Global___WorkerRole.ValueType
@@ -133,9 +134,11 @@ class GetInfoResponse(_message.Message):
     """values of a vector, of a worker whose model embeds; 0: it generates"""
     normalizes: _builtins.bool
     """vectors have length 1 unless a request says otherwise, as the model's folder says"""
+    tp: _builtins.int
+    """ranks that compute the model in parallel, each a process with a slice of it; 0 = not told: 1"""
     @_builtins.property
     def layout(self) -> _kv_pb2.KvLayout:
-        """of its pool"""
+        """of its pool; of several, what they hold together"""
 
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -165,10 +168,11 @@ class GetInfoResponse(_message.Message):
         dtype: _builtins.str = ...,
         embedding_size: _builtins.int = ...,
         normalizes: _builtins.bool = ...,
+        tp: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "embedding_size", b"embedding_size", "epoch", b"epoch", "family", b"family", "kv_endpoint", b"kv_endpoint", "layout", b"layout", "max_context", b"max_context", "max_running", b"max_running", "model", b"model", "normalizes", b"normalizes", "num_blocks", b"num_blocks", "peers", b"peers", "role", b"role", "versions", b"versions", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "embedding_size", b"embedding_size", "epoch", b"epoch", "family", b"family", "kv_endpoint", b"kv_endpoint", "layout", b"layout", "max_context", b"max_context", "max_running", b"max_running", "model", b"model", "normalizes", b"normalizes", "num_blocks", b"num_blocks", "peers", b"peers", "role", b"role", "tp", b"tp", "versions", b"versions", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

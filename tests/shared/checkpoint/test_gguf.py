@@ -15,6 +15,7 @@ from shared.gguf_header import GgufError, read_gguf_header
 from shared.model_convert import ConversionError, convert_gguf, convert_tokenizer
 from shared.model_files import ModelFiles, Weights
 from shared.models.architecture import Rope
+from shared.models.quantization import QuantizationPlan
 from shared.models.rope import inverse_frequencies
 from shared.models.weights import load_weights
 from shared.policies.table import architecture_of
@@ -59,11 +60,15 @@ def test_a_quantized_model_takes_the_integers_of_its_file(tmp_path: Path) -> Non
     convert_gguf(path, folder)
     files = ModelFiles("x", folder, Weights("gguf", (path,)), "")
     checkpoint, architecture = GgufCheckpoint(path), architecture_of(files.config)
-    weights = load_weights(architecture, checkpoint, dtype=torch.bfloat16, device="cpu", quantization="int4")
+    weights = load_weights(
+        architecture, checkpoint, dtype=torch.bfloat16, device="cpu", quantization=QuantizationPlan.of_mode("int4")
+    )
     for index, layer in enumerate(weights.layers):
         parts = [checkpoint.tensor(f"model.layers.{index}.self_attn.{name}_proj.weight") for name in "qkv"]
         torch.testing.assert_close(layer.qkv.dequantize(), torch.cat(parts), rtol=0, atol=1e-7)
-    int8 = load_weights(architecture, checkpoint, dtype=torch.bfloat16, device="cpu", quantization="int8")
+    int8 = load_weights(
+        architecture, checkpoint, dtype=torch.bfloat16, device="cpu", quantization=QuantizationPlan.of_mode("int8")
+    )
     assert int8.layers[0].qkv.quantization == Quantization(8), "4 bits are not 8: quantized anew"
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kernels.quantization import Integers
 from shared.checkpoint import Checkpoint, CheckpointError, MappingCheckpoint, Sizes, open_any
 from shared.checkpoint.integers import as_parts, dequantized, of_pair
+from shared.models.quantization import QuantizationPlan
 from shared.models.weights import load_weights
 from shared.policies.table import architecture_of
 from tests.shared.checkpoint.test_safetensors import files_in
@@ -122,7 +123,9 @@ def test_a_model_loads_in_int8_without_floats(int8_model: Path, dtype: torch.dty
     }
     checkpoint = open_any(source, allow_pickle=True)
     architecture = architecture_of(files_in(tiny_model("llama")).config)
-    weights = load_weights(architecture, NoFloats(checkpoint), dtype=dtype, device="cpu", quantization="int8")
+    weights = load_weights(
+        architecture, NoFloats(checkpoint), dtype=dtype, device="cpu", quantization=QuantizationPlan.of_mode("int8")
+    )
     original = load_file(tiny_model("llama") / "model.safetensors")
     for index, layer in enumerate(weights.layers):
         expected = dequantized(_pair(original[f"model.layers.{index}.mlp.down_proj.weight"]))

@@ -64,7 +64,11 @@ def test_a_broken_file_is_named(clean: Path):
         ({"decode": {"max_running": 0}}, r"decode.max_running: .*greater than or equal to 1.*\(got 0\)"),
         ({"gateway": {"port": 70000}}, "gateway.port: "),
         ({"dtype": "float64"}, r"dtype: .*'bfloat16' or 'float16'.*\(got 'float64'\)"),
-        ({"quantization": "int3"}, r"quantization: .*'none', 'int8' or 'int4'.*\(got 'int3'\)"),
+        ({"quantization": "int3"}, r"quantization: .*'int8', 'int8_dynamic', 'int4', 'fp8' or 'fp6'.*\(got 'int3'\)"),
+        (
+            {"quantization_exclude": "lm_head,*.down"},
+            r"quantization_exclude: lm_head,\*\.down, and quantization is none: there is nothing to leave out",
+        ),
         ({"block_tokens": 24}, "block_tokens: 24 is not a power of two"),
         ({"decode": {"block_tokens": 24}}, "decode.block_tokens: 24 is not a power of two"),
         ({"kv_dtype": "fp6"}, r"kv_dtype: .*'int8' or 'fp8'.*\(got 'fp6'\)"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from gateway.model import ServedModel
 from kernels.kv_format import GREATEST
 from shared.batch import BatchEntry
-from shared.config import ConfigError, load_config
+from shared.config import ConfigError, QuantizationMode, load_config
 from shared.engine import Engine, EnginePlan
 from shared.graphs import make_buckets
 from shared.model_store import ModelStore
@@ -95,13 +96,27 @@ def test_keys_and_values_are_kept_as_the_role_says(tiny_model: MakeModel) -> Non
 def test_workers_of_another_quantization_do_not_agree_and_the_gateway_knows(tiny_model: MakeModel) -> None:
     model = tiny_model("llama")
     files = ModelStore().resolve(str(model))
-    layouts = {mode: plan(model, quantization=mode).layout for mode in ("none", "int8", "int4")}
+    layouts = {mode: plan(model, quantization=mode).layout for mode in get_args(QuantizationMode)}
     assert layouts["none"].model_digest == files.digest
-    assert len({layout.digest for layout in layouts.values()}) == 3
+    assert len({layout.digest for layout in layouts.values()}) == len(layouts) > 5
     assert layouts["int8"].difference(layouts["int4"]) == ["model_digest"]
     for mode, layout in layouts.items():
         assert len(layout.model_digest) == 64
         assert ServedModel.load("tiny", files, mode).digest == layout.model_digest
+
+
+def test_weights_that_are_left_out_are_part_of_the_digest_and_have_to_be_there(tiny_model: MakeModel) -> None:
+    model = tiny_model("llama")
+    files = ModelStore().resolve(str(model))
+    layouts = []
+    for exclude in ("", "lm_head", "*.down,layers.0.*", "layers.0.*,*.down"):
+        config = load_config(None, {"model": str(model), "quantization": "int8", "quantization_exclude": exclude})
+        layouts.append(EnginePlan.of(config, config.decode, files).layout)
+        assert ServedModel.load("tiny", files, config.weights_form).digest == layouts[-1].model_digest
+    assert len({layout.model_digest for layout in layouts[:3]}) == 3
+    assert layouts[2] == layouts[3], "the order says nothing"
+    with pytest.raises(ConfigError, match=r"no weight is called embedding, layers\.9\.\*; there are layers\.0\.qkv, "):
+        plan(model, quantization="int8", quantization_exclude="layers.9.*,embedding,lm_head")
 
 
 def test_a_quantized_engine_replays_what_it_computes_in_a_prompt(tiny_model: MakeModel) -> None:
