@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -66,11 +67,14 @@ class LinearWeight:
             self._take(*quantize(weight, quantization), bias)
 
     @classmethod
-    def of_integers(cls, integers: Integers, bias: Tensor | None, dtype: torch.dtype) -> LinearWeight:
-        """A weight that comes quantized. dtype: of x, and of bias."""
+    def of_integers(
+        cls, integers: Integers, bias: Tensor | None, dtype: torch.dtype, *, dynamic: bool = False
+    ) -> LinearWeight:
+        """A weight that comes quantized. dtype: of x, and of bias. dynamic: as of a Quantization."""
         weight = cls.__new__(cls)
         values = integers.values
-        weight._take_shape(values.shape, dtype, integers.quantization, packing(dtype, values))
+        quantization = replace(integers.quantization, dynamic=dynamic)
+        weight._take_shape(values.shape, dtype, quantization, packing(dtype, values))
         weight._take(values, integers.scale, integers.offset, bias)
         return weight
 
@@ -135,6 +139,14 @@ class LinearWeight:
         return sum(
             t.numel() * t.element_size() for t in (self.packed, self.scale, self.offset, self.bias) if t is not None
         )
+
+    def plain(self) -> Tensor:
+        """The weight [out, in] that it was packed from. ValueError where that was quantized."""
+        if self.quantization is not None:
+            raise ValueError(f"{self.description}: what it was made of is gone")
+        if self._packing == "rows":
+            return self.packed
+        return panels.unpack_plain(self.packed, (self.out_features, self.in_features), pairs=self._packing == "pairs")
 
     def dequantize(self) -> Tensor:
         """The weight that the arithmetic stands for, float32 [out, in]. ValueError where nothing was quantized."""

@@ -72,10 +72,11 @@ class Quantization:
 class Integers:
     """A weight that is quantized already: scale * values + offset. Raises ValueError for parts that do not fit."""
 
-    bits: Literal[8, 4]
+    bits: Literal[8, 6, 4]
     values: Tensor  # int8 [out, in]; of 4 bits from -8 to 7
     scale: Tensor  # float32 [out, groups]
     offset: Tensor | None = None  # float32 [out, groups]
+    floating: bool = False  # values are not integers but the bits of floats, of 8 or 6
 
     def __post_init__(self) -> None:
         parts = (self.scale, *(() if self.offset is None else (self.offset,)))
@@ -84,13 +85,22 @@ class Integers:
             raise ValueError(f"values must be int8 [out, in] in {groups} groups, got {list(self.values.shape)}")
         if any(part.dtype != torch.float32 or part.shape != (len(self.values), groups) for part in parts):
             raise ValueError(f"scale and offset must be float32 [{len(self.values)}, {groups}]")
+        Quantization(self.bits, None, self.offset is None, self.floating)  # which raises for a form that is none
 
     @property
     def quantization(self) -> Quantization:
         """How it was made: what another weight must have been to be joined to it."""
         groups = self.scale.shape[1]
         group = None if groups == 1 else self.values.shape[1] // groups
-        return Quantization(self.bits, group, self.offset is None)
+        return Quantization(self.bits, group, self.offset is None, self.floating)
+
+    def dequantize(self) -> Tensor:
+        """float32 [out, in]."""
+        numbers = floats_of(self.values, self.quantization.form) if self.floating else self.values.float()
+        groups = numbers.unflatten(1, (self.scale.shape[1], -1)) * self.scale[:, :, None]
+        if self.offset is not None:
+            groups += self.offset[:, :, None]
+        return groups.flatten(1)
 
 
 class Quantized(NamedTuple):

@@ -37,6 +37,13 @@ def unpack(panels: Tensor, shape: tuple[int, int], bits: int, *, pairs: bool) ->
     return unpack_scales(panels, outputs)[:, :inputs]
 
 
+def unpack_plain(panels: Tensor, shape: tuple[int, int], *, pairs: bool) -> Tensor:
+    """The floats [out, in] that `pack` was given."""
+    outputs, inputs = shape
+    by_feature = panels.transpose(2, 3).flatten(1, 2) if pairs else panels
+    return unpack_scales(by_feature, outputs)[:, :inputs].contiguous()
+
+
 def pack_scales(weight: Tensor) -> Tensor:
     """[out, in] -> [ceil(out / 32), in, 32], filled up with zeros."""
     outputs, inputs = weight.shape

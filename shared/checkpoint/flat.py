@@ -1,7 +1,7 @@
 """All tensors of a model in one buffer, each at an aligned place, with a table of them: read again by mapping it.
 
 flat.json   {"format": "tandem-flat", "num_bytes": ..., "tensors": [{"name", "dtype", "shape", "offset"}, ...],
-             "integers": {name: bits}}
+             "integers": {name: form}}
 flat.bin    the bytes, offsets counted from its beginning
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.quantization import Integers
 from shared.checkpoint.contract import CheckpointError
-from shared.checkpoint.integers import Parameter, as_parts, checked_bits, dequantized, of_parts, part_names
+from shared.checkpoint.integers import Parameter, as_parts, checked_table, of_parts, part_names
 from shared.checkpoint.metadata import read_metadata
 
 TABLE_NAME, BUFFER_NAME = "flat.json", "flat.bin"
@@ -56,7 +56,7 @@ class _Entry:
 
 def save_flat(folder: Path, parameters: Mapping[str, Parameter]) -> None:
     """Writes both files, the table last. Raises CheckpointError naming a tensor whose dtype has no name here."""
-    tensors, bits = as_parts(parameters)
+    tensors, forms = as_parts(parameters)
     folder.mkdir(parents=True, exist_ok=True)
     table, buffer = folder / TABLE_NAME, folder / BUFFER_NAME
     table.unlink(missing_ok=True)
@@ -76,7 +76,7 @@ def save_flat(folder: Path, parameters: Mapping[str, Parameter]) -> None:
         unfinished.replace(buffer)
     finally:
         unfinished.unlink(missing_ok=True)
-    table.write_text(json.dumps({"format": FORMAT, "num_bytes": num_bytes, "tensors": entries, "integers": bits}))
+    table.write_text(json.dumps({"format": FORMAT, "num_bytes": num_bytes, "tensors": entries, "integers": forms}))
 
 
 class FlatCheckpoint:
@@ -101,8 +101,8 @@ class FlatCheckpoint:
         self._entries = _checked([_entry(entry, table) for entry in entries], table, self._file, size)
         if data.get("num_bytes") != size:
             raise CheckpointError(f"{self._file} has {size} bytes, but {table} says {data.get('num_bytes')!r}")
-        self._bits = checked_bits(data.get("integers", {}), set(self._entries), str(table))
-        self._parts = part_names(self._bits)
+        self._forms = checked_table(data.get("integers", {}), set(self._entries), str(table))
+        self._parts = part_names(self._forms)
         self._buffer = _mapped(self._file, size)
 
     def names(self) -> set[str]:
@@ -113,14 +113,14 @@ class FlatCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         integers = self.integers(name)
-        return self._stored(name) if integers is None else dequantized(integers)
+        return self._stored(name) if integers is None else integers.dequantize()
 
     def integers(self, name: str) -> Integers | None:
-        bits = self._bits.get(name)
-        if bits is None:
+        form = self._forms.get(name)
+        if form is None:
             return None
-        parts = {part: self._stored(part) for part in {name} | part_names({name: bits}) if part in self._entries}
-        return of_parts(name, parts, bits, str(self._file))
+        parts = {part: self._stored(part) for part in {name} | part_names({name: form}) if part in self._entries}
+        return of_parts(name, parts, form, str(self._file))
 
     def _stored(self, name: str) -> Tensor:
         """Over the mapped memory."""

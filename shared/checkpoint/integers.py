@@ -1,32 +1,35 @@
-"""Weights that are stored as integers with their scales, in the three ways that files hold them.
+"""Weights that are stored as integers, or as floats of few bits, with their scales, in the three ways of files.
 
 A pair      DeepSpeed's: [int8 tensor [out, in], scales], one scale for each row, in a state dict
-Named parts `name` int8 [out, in], `name.scale` and perhaps `name.offset` [out, groups], where a table says so
+Named parts `name` int8 [out, in], `name.scale` and perhaps `name.offset` [out, groups], where a table says so: of
+            each name the bits of its integers, 8 or 4, or the name of its floats, fp8 or fp6, whose bits are the int8
 Blocks      GGUF's (gguf.py)
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor
 
-from kernels.quantization import WORD, Integers
+from kernels.quantization import WORD, Integers, Quantization
 from shared.checkpoint.contract import CheckpointError
 
 Parameter = Tensor | Integers
+Form = Literal[8, 4, "fp8", "fp6"]  # as the table has it
+_FORMS: dict[Form, tuple[Literal[8, 6, 4], bool]] = {8: (8, False), 4: (4, False), "fp8": (8, True), "fp6": (6, True)}
 SCALE, OFFSET = ".scale", ".offset"  # after the name of the integers
 # DeepSpeed keeps with the scales of the rows those of two halves, for a split; the integers were not rounded by them.
 _SCALE_SETS = (1, 3)
 
 
-def dequantized(integers: Integers) -> Tensor:
-    """scale * values + offset, float32 [out, in]."""
-    groups = integers.values.float().unflatten(1, (integers.scale.shape[1], -1)) * integers.scale[:, :, None]
-    if integers.offset is not None:
-        groups += integers.offset[:, :, None]
-    return groups.flatten(1)
+def serves(integers: Integers, wanted: Quantization) -> bool:
+    """Whether they are of the form that is wanted. Groups and offsets may be their own, where any are wanted."""
+    if wanted.dynamic and integers.quantization != replace(wanted, dynamic=False):
+        return False
+    return (integers.bits, integers.floating) == (wanted.bits, wanted.floating)
 
 
 def is_pair(value: object) -> TypeGuard[Sequence[Tensor]]:
@@ -56,20 +59,25 @@ def of_pair(tensor: Tensor, scale: Tensor) -> Parameter:
     return Integers(8, tensor.detach(), scales.contiguous())
 
 
-def as_parts(parameters: Mapping[str, Parameter]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Tensors alone, integers as named parts; and the bits of each of these.
+def as_parts(parameters: Mapping[str, Parameter]) -> tuple[dict[str, Tensor], dict[str, Form]]:
+    """Tensors alone, integers as named parts; and the table of these.
 
     Raises CheckpointError if a part would take the name of another parameter.
     """
-    tensors, bits = {}, {}
+    tensors: dict[str, Tensor] = {}
+    table: dict[str, Form] = {}
     for name, parameter in parameters.items():
         parts = {name: parameter} if isinstance(parameter, Tensor) else _parts(name, parameter)
         if taken := parts.keys() & (tensors.keys() | parameters.keys() - {name}):
             raise CheckpointError(f"{min(taken)} is the name of two tensors")
         if not isinstance(parameter, Tensor):
-            bits[name] = parameter.bits
+            table[name] = _form(parameter)
         tensors |= parts
-    return tensors, bits
+    return tensors, table
+
+
+def _form(integers: Integers) -> Form:
+    return next(form for form, kind in _FORMS.items() if kind == (integers.bits, integers.floating))
 
 
 def _parts(name: str, integers: Integers) -> dict[str, Tensor]:
@@ -77,32 +85,48 @@ def _parts(name: str, integers: Integers) -> dict[str, Tensor]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def checked_bits(bits: object, names: set[str], file: str) -> dict[str, Literal[8, 4]]:
-    """Which of `names` are integers, and of how many bits, from a file's metadata. CheckpointError if it cannot be."""
-    if not isinstance(bits, dict):
+def checked_table(table: object, names: set[str], file: str) -> dict[str, Form]:
+    """Which of `names` are integers, and in which form, from a file's metadata. CheckpointError if it cannot be."""
+    if not isinstance(table, dict):
         raise CheckpointError(f"{file}: the table of integers is no JSON object")
-    for name, value in bits.items():
-        if isinstance(value, bool) or value not in (8, 4):
-            raise CheckpointError(f"{file}: {name} has integers of {value!r} bits; 8 and 4 are read")
+    for name, form in table.items():
+        if isinstance(form, bool) or not isinstance(form, int | str) or form not in _FORMS:
+            raise CheckpointError(f"{file}: {name} has integers of {form!r} bits; 8, 4, fp8 and fp6 are read")
         if missing := {name, name + SCALE} - names:
             raise CheckpointError(f"{file} lacks {min(missing)}")
-    return bits
+    return table
 
 
-def part_names(bits: Mapping[str, int]) -> set[str]:
+def part_names(table: Mapping[str, Form]) -> set[str]:
     """Names of scales and offsets, which are no parameters of their own."""
-    return {name + part for name in bits for part in (SCALE, OFFSET)}
+    return {name + part for name in table for part in (SCALE, OFFSET)}
 
 
-def of_parts(name: str, tensors: Mapping[str, Tensor], bits: Literal[8, 4], file: str) -> Integers:
+def of_parts(name: str, tensors: Mapping[str, Tensor], form: Form, file: str) -> Integers:
     """The integers of named parts. CheckpointError naming them if they do not fit together."""
+    bits, floating = _FORMS[form]
     try:
-        integers = Integers(bits, tensors[name], tensors[name + SCALE], tensors.get(name + OFFSET))
+        integers = Integers(bits, tensors[name], tensors[name + SCALE], tensors.get(name + OFFSET), floating)
     except ValueError as error:
         raise CheckpointError(f"{name} in {file}: {error}") from error
-    if bits == 4 and integers.values.numel() and not -8 <= int(integers.values.min()) <= int(integers.values.max()) < 8:
-        raise CheckpointError(f"{name} in {file}: not all of its integers have 4 bits")
+    for part in (SCALE, OFFSET):
+        if name + part in tensors and not tensors[name + part].isfinite().all():
+            raise CheckpointError(f"{name}{part} in {file}: not all of it is finite")
+    if not _are_of(integers.values, form):
+        what = f"numbers are {form}" if floating else f"integers have {bits} bits"
+        raise CheckpointError(f"{name} in {file}: not all of its {what}")
     return integers
+
+
+def _are_of(values: Tensor, form: Form) -> bool:
+    """Whether every value is one that the form has."""
+    if form == 8 or not values.numel():
+        return True
+    if form == "fp8":
+        return not bool((values & 127 == 127).any())  # NaN
+    least, greatest = (-8, 7) if form == 4 else (0, 63)
+    low, high = values.aminmax()
+    return least <= int(low) and int(high) <= greatest
 
 
 def taken(sources: Sequence[Integers], pieces: Sequence[tuple[int, int, int]], dim: int) -> Integers | None:
@@ -111,7 +135,8 @@ def taken(sources: Sequence[Integers], pieces: Sequence[tuple[int, int, int]], d
     pieces: (which source, first row or column, how many). None where they have no common form that an op computes.
     """
     first = sources[0]
-    if any(source.bits != first.bits or (source.offset is None) != (first.offset is None) for source in sources):
+    kinds = {(source.bits, source.floating, source.offset is None) for source in sources}
+    if len(kinds) > 1:
         return None
     values = torch.cat([sources[which].values.narrow(dim, start, count) for which, start, count in pieces], dim)
     if dim == 0:
@@ -134,7 +159,8 @@ def taken(sources: Sequence[Integers], pieces: Sequence[tuple[int, int, int]], d
         elif group % WORD:
             return None
     assert scale is not None
-    return Integers(first.bits, values, scale.contiguous(), None if offset is None else offset.contiguous())
+    offset = None if offset is None else offset.contiguous()
+    return Integers(first.bits, values, scale.contiguous(), offset, first.floating)
 
 
 def _scales(sources: Sequence[Integers]) -> tuple[list[Tensor], list[Tensor] | None]:

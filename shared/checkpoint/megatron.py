@@ -16,6 +16,7 @@ Here they are all queries, then all keys, then all values, and names are flat an
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -78,7 +79,7 @@ class MegatronShard:
         values, scale, offset = (None if part is None else self._ordered(name, part) for part in parts)
         assert values is not None
         assert scale is not None
-        return Integers(integers.bits, values, scale, offset)
+        return replace(integers, values=values, scale=scale, offset=offset)
 
     def _ordered(self, name: str, rows: Tensor) -> Tensor:
         """Queries, keys, values, each head by head: of rows [3 * heads * head_dim, ...]."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.quantization import Integers
 from shared.checkpoint.contract import Checkpoint, CheckpointError, some_of
 from shared.checkpoint.cuts import CutTable
-from shared.checkpoint.integers import Parameter, as_parts, dequantized
+from shared.checkpoint.integers import Parameter, as_parts
 from shared.checkpoint.safetensors import INTEGERS_KEY
 from shared.checkpoint.tensor_parallel import TensorParallelCheckpoint
 
@@ -38,7 +38,7 @@ class MappingCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         parameter = self._parameters[name]
-        return dequantized(parameter) if isinstance(parameter, Integers) else parameter
+        return parameter.dequantize() if isinstance(parameter, Integers) else parameter
 
     def integers(self, name: str) -> Integers | None:
         parameter = self._parameters[name]
@@ -90,12 +90,12 @@ def _stored(checkpoint: Checkpoint, name: str) -> Parameter:
 
 
 def _write(path: Path, parameters: Mapping[str, Parameter], dtypes: Counter[str]) -> None:
-    tensors, bits = as_parts(parameters)
+    tensors, table = as_parts(parameters)
     # a file holds each tensor once, and whole
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     for tensor in own.values():
         dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    save_file(own, path, metadata={INTEGERS_KEY: json.dumps(bits)} if bits else None)
+    save_file(own, path, metadata={INTEGERS_KEY: json.dumps(table)} if table else None)
 
 
 def _dtype(dtypes: Counter[str]) -> str:

@@ -1,21 +1,22 @@
-"""A checkpoint's parameters as an engine keeps them: in another dtype, some of them as integers."""
+"""A checkpoint's parameters as an engine keeps them: in another dtype, some of them quantized."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from kernels.quantization import Integers, Quantization, quantize
 from shared.checkpoint.contract import Checkpoint, place_of
-
-_INT8 = Quantization(8)
+from shared.checkpoint.integers import serves
 
 
 class RecastCheckpoint:
-    """The same names. Floats are of `dtype`, those of `quantized` int8 with a scale for each row [out, in]."""
+    """The same names. Floats are of `dtype`; `quantized`: how others are kept, each [out, in]."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, quantized: Collection[str] = ()) -> None:
-        self._checkpoint, self._dtype, self._quantized = checkpoint, dtype, frozenset(quantized)
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, quantized: Mapping[str, Quantization] | None = None
+    ) -> None:
+        self._checkpoint, self._dtype, self._quantized = checkpoint, dtype, dict(quantized or {})
 
     def names(self) -> set[str]:
         return self._checkpoint.names()
@@ -28,10 +29,10 @@ class RecastCheckpoint:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def integers(self, name: str) -> Integers | None:
-        if name not in self._quantized:
+        how = self._quantized.get(name)
+        if how is None:
             return None
         stored = self._checkpoint.integers(name)
-        if stored is not None and stored.quantization == _INT8:
+        if stored is not None and serves(stored, how):
             return stored
-        values, scale, offset = quantize(self.tensor(name), _INT8)
-        return Integers(8, values, scale, offset)
+        return Integers(how.bits, *quantize(self.tensor(name), how), how.floating)

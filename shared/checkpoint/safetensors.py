@@ -1,18 +1,18 @@
 """Safetensors files, whole or cut short."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kernels.quantization import Integers
 from shared.checkpoint.contract import CheckpointError
-from shared.checkpoint.integers import checked_bits, dequantized, of_parts, part_names
+from shared.checkpoint.integers import Form, checked_table, of_parts, part_names
 from shared.checkpoint.joined import is_same
 from shared.checkpoint.metadata import parse_metadata, read_metadata
 
-# Of a file's own metadata: a JSON table of the parameters that are integers (integers.py), and of their bits.
+# Of a file's own metadata: a JSON table of the parameters that are integers, and of their form (integers.py).
 INTEGERS_KEY = "integers"
 _LENGTH = 8  # bytes in front of the header
 _MAX_HEADER = 100_000_000  # what the format allows
@@ -23,7 +23,7 @@ class SafetensorsCheckpoint:
 
     def __init__(self, paths: tuple[Path, ...]) -> None:
         self._shard_of: dict[str, tuple[Path, Any]] = {}
-        self._bits: dict[str, Literal[8, 4]] = {}
+        self._forms: dict[str, Form] = {}
         for path in paths:
             try:
                 shard = safe_open(path, framework="pt", device="cpu")
@@ -37,8 +37,8 @@ class SafetensorsCheckpoint:
             self._shard_of |= dict.fromkeys(names, (path, shard))
             if INTEGERS_KEY in (metadata := shard.metadata() or {}):
                 table = parse_metadata(metadata[INTEGERS_KEY], f"{path}: its table of integers")
-                self._bits |= checked_bits(table, names, str(path))
-        self._parts = part_names(self._bits)
+                self._forms |= checked_table(table, names, str(path))
+        self._parts = part_names(self._forms)
 
     def names(self) -> set[str]:
         return set(self._shard_of) - self._parts
@@ -48,14 +48,14 @@ class SafetensorsCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         integers = self.integers(name)
-        return self._stored(name) if integers is None else dequantized(integers)
+        return self._stored(name) if integers is None else integers.dequantize()
 
     def integers(self, name: str) -> Integers | None:
-        bits = self._bits.get(name)
-        if bits is None:
+        form = self._forms.get(name)
+        if form is None:
             return None
-        parts = {part: self._stored(part) for part in {name} | part_names({name: bits}) if part in self._shard_of}
-        return of_parts(name, parts, bits, self.file_of(name))
+        parts = {part: self._stored(part) for part in {name} | part_names({name: form}) if part in self._shard_of}
+        return of_parts(name, parts, form, self.file_of(name))
 
     def _stored(self, name: str) -> Tensor:
         return self._shard_of[name][1].get_tensor(name)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.quantization import Integers
 from shared.checkpoint.contract import CheckpointError, UnsupportedCheckpointError
-from shared.checkpoint.integers import Parameter, dequantized, is_pair, of_pair
+from shared.checkpoint.integers import Parameter, is_pair, of_pair
 
 _WRAPPINGS = ("module", "model")
 
@@ -34,7 +34,7 @@ class StateDictCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         parameter = self._parameters[name]
-        return dequantized(parameter) if isinstance(parameter, Integers) else parameter
+        return parameter.dequantize() if isinstance(parameter, Integers) else parameter
 
     def integers(self, name: str) -> Integers | None:
         parameter = self._parameters[name]

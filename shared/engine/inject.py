@@ -30,7 +30,7 @@ from shared.engine.detection import detected
 from shared.engine.diffusion import InjectedPipeline, is_pipeline
 from shared.engine.encoder_model import EncoderModel, encoders_of, is_encoder
 from shared.engine.given import Given, fields_of, given_module, load_into
-from shared.engine.saving import linears_of, save
+from shared.engine.saving import quantized_of, save
 from shared.model_files import find_weights, read_json
 from shared.models.architecture import Architecture
 from shared.models.quantization import QuantizationPlan
@@ -152,7 +152,7 @@ def _causal_lm(given: Given, config: InferenceConfig, device: str) -> Injection:
     weights = load_weights(architecture, checkpoint, dtype=dtype, device=device, quantization=plan, policy=policy)
     weights.probe()
     if config.save_mp_checkpoint_path:
-        quantized = linears_of(policy, architecture, checkpoint.names()) if not plan.is_plain else None
+        quantized = quantized_of(policy, architecture, checkpoint.names(), plan)
         save(checkpoint, given.fields, config, dtype, quantized)
     limits = Limits(config.max_out_tokens, config.min_out_tokens)
     injected = CausalLM(

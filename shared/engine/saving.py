@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
+from kernels.quantization import Quantization
 from shared.checkpoint import Checkpoint, Sizes, save_mp_checkpoint
 from shared.checkpoint.cut_tables import table_for
 from shared.checkpoint.recast import RecastCheckpoint
 from shared.config import InferenceConfig
 from shared.engine.given import sizes_of
 from shared.models.architecture import Architecture
+from shared.models.quantization import QuantizationPlan
 from shared.models.shapes import LINEARS, layer_shapes
 from shared.policies.names import choose
 from shared.policies.policy import Policy
@@ -23,24 +25,29 @@ def save(
     fields: Mapping[str, object],
     config: InferenceConfig,
     dtype: torch.dtype,
-    quantized: set[str] | None = None,
+    quantized: Mapping[str, Quantization] | None = None,
 ) -> None:
-    """By the checkpoint's own names. quantized: those that become int8. Raises CheckpointError naming a parameter."""
+    """By the checkpoint's own names. quantized: how some are kept. Raises CheckpointError naming a parameter."""
     assert config.save_mp_checkpoint_path
     table = table_for(checkpoint.names()).sized(sizes_of(fields) or Sizes())
-    recast = RecastCheckpoint(checkpoint, dtype, quantized or ())
+    recast = RecastCheckpoint(checkpoint, dtype, quantized)
     save_mp_checkpoint(Path(config.save_mp_checkpoint_path), recast, table, config.tensor_parallel.tp_size)
 
 
-def linears_of(policy: Policy, architecture: Architecture, present: set[str]) -> set[str]:
-    """The names of linears that are stored as they are computed, [out, in] and in our order: int8 is read again by
-    rows, and those of another order are made of floats."""
-    found: set[str] = set()
+def quantized_of(
+    policy: Policy, architecture: Architecture, present: set[str], plan: QuantizationPlan
+) -> dict[str, Quantization]:
+    """The linears that are stored as they are computed, [out, in] and in our order: these are read again by rows, and
+    those of another order are made of floats."""
+    found: dict[str, Quantization] = {}
     for layer in range(architecture.num_layers):
-        for ours in layer_shapes(architecture, layer):
-            if ours.removesuffix(".weight") not in LINEARS:
+        for ours, shape in layer_shapes(architecture, layer).items():
+            module = ours.removesuffix(".weight")
+            if module not in LINEARS:
                 continue
             source = choose(policy.names.get(ours, ()), present) if policy.names.get(ours) else None
-            if source is not None and source.how == "rows":
-                found |= {name.removeprefix(f"{policy.base}.") for name in source.at(layer).names}
-    return {name for name in present if name.removeprefix(f"{policy.base}.") in found}
+            how = plan.of(f"layers.{layer}.{module}", shape[1])
+            if source is not None and source.how == "rows" and how is not None:
+                found |= {name.removeprefix(f"{policy.base}."): how for name in source.at(layer).names}
+    stored = {name: name.removeprefix(f"{policy.base}.") for name in present}
+    return {name: found[ours] for name, ours in stored.items() if ours in found}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kernels.experts import ExpertWeights
 from kernels.linear import LinearWeight, packing, probe_row_invariance
-from kernels.quantization import Integers
+from kernels.quantization import Integers, Quantization
 from shared.checkpoint import Checkpoint, CheckpointError, check_names, place_of
+from shared.checkpoint.integers import serves
 from shared.models.architecture import Architecture
 from shared.models.quantization import QuantizationPlan
 from shared.models.shapes import EXPERTS, LINEARS, Shapes, layer_shapes, model_shapes, modules_of
@@ -77,6 +78,32 @@ class ModelWeights:
         for _, part in (*_parts_of(self.layers[0]), *_parts_of(self)):
             if isinstance(part, LinearWeight):
                 probe_row_invariance(part)
+
+    def quantized(self, plan: QuantizationPlan) -> ModelWeights:
+        """What `load_weights` makes of floats by that plan, bit for bit, of weights that are in memory already.
+
+        Raises ValueError naming a weight that is quantized, or that cannot be cut into the groups it should have.
+        """
+
+        def changed(name: str, part: Part) -> Part:
+            is_quantizable = name.rpartition(".")[2] in (*LINEARS, *EXPERTS, "lm_head")
+            if not is_quantizable or not isinstance(part, LinearWeight | ExpertWeights):
+                return part
+            if part.quantization is not None:
+                raise ValueError(f"{name}: {part.description}, and cannot be quantized again")
+            how = plan.of(name, part.in_features)
+            if how is None:
+                return part
+            if isinstance(part, LinearWeight):
+                return LinearWeight(part.plain(), part.bias, how)
+            each = (part.expert(index).plain() for index in range(part.num_experts))
+            return ExpertWeights(each, part.num_experts, how, bias=part.bias)
+
+        layers = (
+            replace(layer, **{name: changed(f"layers.{index}.{name}", part) for name, part in _parts_of(layer)})
+            for index, layer in enumerate(self.layers)
+        )
+        return replace(self, layers=tuple(layers), **{name: changed(name, part) for name, part in _parts_of(self)})
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, to be stored."""
@@ -229,9 +256,9 @@ class _Loader:
             return LinearWeight(weight, bias, self.quantization.of(name, weight.shape[1]))
         shape = shapes[f"{module}.weight"]
         how = self.quantization.of(name, shape[1]) if module in LINEARS else None
-        integers = None if how is None else self._integers(f"{module}.weight", layer, shape, how.bits)
-        if integers is not None:
-            return LinearWeight.of_integers(integers, bias, self.dtype)
+        integers = None if how is None else self._integers(f"{module}.weight", layer, shape, how)
+        if how is not None and integers is not None:
+            return LinearWeight.of_integers(integers, bias, self.dtype, dynamic=how.dynamic)
         return LinearWeight(self._tensor(f"{module}.weight", layer, shape), bias, how)
 
     def _experts(self, name: str, module: str, layer: int, shapes: Shapes) -> ExpertWeights:
@@ -250,15 +277,15 @@ class _Loader:
             bias = torch.stack([self._built(source.at(layer, e), bias_shape[1:]) for e in range(shape[0])])
         return ExpertWeights(each, shape[0], self.quantization.of(name, shape[2]), bias=bias)
 
-    def _integers(self, ours: str, layer: int, shape: tuple[int, ...], bits: int) -> Integers | None:
-        """The file's own, where all parts have them, of so many bits and made alike."""
+    def _integers(self, ours: str, layer: int, shape: tuple[int, ...], how: Quantization) -> Integers | None:
+        """The file's own, where all parts have them, of that form and made alike."""
         source = self._source(ours).at(layer)
         parts = [part for name in source.names if (part := self.checkpoint.integers(name)) is not None]
         if source.how != "rows" or len(parts) < len(source.names):
             return None
         if any(part.quantization != parts[0].quantization for part in parts):
             return None
-        if parts[0].bits != bits or any(part.values.shape[1] != parts[0].values.shape[1] for part in parts):
+        if not serves(parts[0], how) or any(part.values.shape[1] != parts[0].values.shape[1] for part in parts):
             return None
         offsets = [part.offset for part in parts if part.offset is not None]
         joined = Integers(
@@ -266,6 +293,7 @@ class _Loader:
             torch.cat([part.values for part in parts]).to(self.device),
             torch.cat([part.scale for part in parts]).to(self.device),
             torch.cat(offsets).to(self.device) if offsets else None,
+            parts[0].floating,
         )
         self._check_shape(source.names, joined.values.shape, shape)
         return joined

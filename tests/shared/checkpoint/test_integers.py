@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kernels.quantization import Integers
 from shared.checkpoint import Checkpoint, CheckpointError, MappingCheckpoint, Sizes, open_any
-from shared.checkpoint.integers import as_parts, dequantized, of_pair
+from shared.checkpoint.integers import as_parts, of_pair
 from shared.models.quantization import QuantizationPlan
 from shared.models.weights import load_weights
 from shared.policies.table import architecture_of
@@ -38,7 +38,7 @@ def test_a_pair_stands_for_its_first_scales() -> None:
     assert torch.equal(found.values, values)
     assert torch.equal(found.scale[:, 0], weight.abs().amax(1) / 128)
     # 127 is the most, so the greatest number of a row may be a whole step off
-    assert ((dequantized(found) - weight).abs() <= found.scale * 1.001).all()
+    assert ((found.dequantize() - weight).abs() <= found.scale * 1.001).all()
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,10 @@ def test_a_model_loads_in_int8_without_floats(int8_model: Path, dtype: torch.dty
     )
     original = load_file(tiny_model("llama") / "model.safetensors")
     for index, layer in enumerate(weights.layers):
-        expected = dequantized(_pair(original[f"model.layers.{index}.mlp.down_proj.weight"]))
+        expected = _pair(original[f"model.layers.{index}.mlp.down_proj.weight"]).dequantize()
         assert torch.equal(layer.down.dequantize(), expected)
         parts = [_pair(original[f"model.layers.{index}.self_attn.{name}_proj.weight"]) for name in "qkv"]
-        assert torch.equal(layer.qkv.dequantize(), torch.cat([dequantized(part) for part in parts]))
+        assert torch.equal(layer.qkv.dequantize(), torch.cat([part.dequantize() for part in parts]))
 
 
 def test_int8_shards_merge_and_split(int8_model: Path, tmp_path: Path) -> None:

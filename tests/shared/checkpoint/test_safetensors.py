@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kernels.quantization import Integers
+from kernels.quantization import Integers, floats_of
 from shared.checkpoint import CheckpointError, SafetensorsCheckpoint, open_checkpoint
 from shared.checkpoint.integers import as_parts
 from shared.model_files import ModelFiles, find_weights
@@ -79,18 +79,24 @@ def test_a_parameter_in_two_files(tmp_path: Path) -> None:
 def test_integers_are_stored_and_read_as_such(tmp_path: Path) -> None:
     with_offset = Integers(4, torch.randint(-8, 8, (6, 32), dtype=torch.int8), torch.rand(6, 2), torch.rand(6, 2))
     rows = Integers(8, torch.randint(-128, 128, (4, 16), dtype=torch.int8), torch.rand(4, 1))
-    tensors, bits = as_parts({"grouped": with_offset, "rows": rows, "plain": torch.ones(3)})
+    fp8 = Integers(8, torch.randint(-128, -1, (4, 16), dtype=torch.int8), torch.rand(4, 2), floating=True)
+    fp6 = Integers(6, torch.randint(0, 64, (4, 16), dtype=torch.int8), torch.rand(4, 1), floating=True)
+    all_forms = {"grouped": with_offset, "rows": rows, "fp8": fp8, "fp6": fp6}
+    tensors, table = as_parts({**all_forms, "plain": torch.ones(3)})
+    assert table == {"grouped": 4, "rows": 8, "fp8": "fp8", "fp6": "fp6"}
     path = tmp_path / "x.safetensors"
-    save_file(tensors, path, metadata={"integers": json.dumps(bits)})
+    save_file(tensors, path, metadata={"integers": json.dumps(table)})
     checkpoint = SafetensorsCheckpoint((path,))
-    assert checkpoint.names() == {"grouped", "rows", "plain"}
+    assert checkpoint.names() == {*all_forms, "plain"}
     assert checkpoint.integers("plain") is None
-    for name, expected in (("grouped", with_offset), ("rows", rows)):
+    for name, expected in all_forms.items():
         found = checkpoint.integers(name)
         assert found is not None
-        assert found.bits == expected.bits
+        assert found.quantization == expected.quantization
         assert torch.equal(found.values, expected.values)
         assert torch.equal(found.scale, expected.scale)
+    assert torch.equal(checkpoint.tensor("fp8")[:, 8:], floats_of(fp8.values, "fp8")[:, 8:] * fp8.scale[:, 1:])
+    assert torch.equal(checkpoint.tensor("fp6"), floats_of(fp6.values, "fp6") * fp6.scale)
     assert torch.equal(checkpoint.tensor("rows"), rows.values * rows.scale)
     first = with_offset.values[0, 16:].float() * with_offset.scale[0, 1] + with_offset.offset[0, 1]  # type: ignore[index]
     assert torch.equal(checkpoint.tensor("grouped")[0, 16:], first)
@@ -111,12 +117,24 @@ def all_integers(path: Path) -> list[Integers | None]:
         ('{"plain": 8}', r"lacks plain\.scale"),
         ('{"w": 4}', "not all of its integers have 4 bits"),
         ('{"f": 8}', "values must be int8"),
+        ('{"w": "fp5"}', "w has integers of 'fp5' bits; 8, 4, fp8 and fp6 are read"),
+        ('{"nan": "fp8"}', "nan in .*: not all of its numbers are fp8"),
+        ('{"nan": "fp6"}', "nan in .*: not all of its numbers are fp6"),
+        ('{"endless": 8}', r"endless\.scale in .*: not all of it is finite"),
+        ('{"endless": "fp6"}', r"endless\.scale in .*: not all of it is finite"),
+        ('{"shifted": "fp8"}', "shifted in .*: floats are symmetric: they have no offset"),
+        ('{"shifted": 8}', r"shifted\.offset in .*: not all of it is finite"),
     ],
 )
 def test_a_table_of_integers_that_cannot_be(table: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     weight = {"w": torch.full((2, 8), 9, dtype=torch.int8), "w.scale": torch.ones(2, 1), "plain": torch.ones(2)}
-    save_file({**weight, "f": torch.ones(2, 8), "f.scale": torch.ones(2, 1)}, path, metadata={"integers": table})
+    weight |= {"f": torch.ones(2, 8), "f.scale": torch.ones(2, 1)}
+    weight |= {"nan": torch.full((2, 8), 127, dtype=torch.int8), "nan.scale": torch.ones(2, 1)}
+    weight |= {"endless": weight["w"].clone(), "endless.scale": torch.tensor([[1.0], [torch.inf]])}
+    weight |= {"shifted": weight["w"].clone(), "shifted.scale": torch.ones(2, 1)}
+    weight |= {"shifted.offset": torch.tensor([[1.0], [torch.nan]])}
+    save_file(weight, path, metadata={"integers": table})
     with pytest.raises(CheckpointError, match=reason) as raised:
         all_integers(path)
     assert str(path) in str(raised.value)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from kernels.quantization import Quantization
 from shared.checkpoint import CheckpointError, open_any, save_flat, save_mp_checkpoint
 from shared.checkpoint.cut_tables import table_for
 from shared.checkpoint.cuts import Sizes
@@ -214,7 +215,7 @@ def test_what_is_saved_is_loaded_again(tmp_path: Path, kind: str, dtype: str) ->
 def test_shards_of_another_degree(tmp_path: Path, degree: int, int8: bool) -> None:
     whole = open_any(tiny_model("llama"))
     table = table_for(whole.names()).sized(Sizes(4, 2, 384))
-    linears = {name for name in whole.names() if name.endswith("_proj.weight")} if int8 else ()
+    linears = {name: Quantization(8) for name in whole.names() if int8 and name.endswith("_proj.weight")}
     dtype = "int8" if int8 else "float32"
     recast = RecastCheckpoint(whole, torch.bfloat16 if int8 else torch.float32, linears)
     save_mp_checkpoint(tmp_path, recast, table, degree)
