@@ -18,7 +18,7 @@ from shared.engine import Engine
 from shared.engine_thread import EngineThread
 from shared.rpc import handler
 from shared.transport.importer import Importer
-from shared.transport.target import DeviceTarget, HostTarget
+from shared.transport.target import target_of
 from shared.worker import Site
 
 
@@ -53,10 +53,9 @@ class DecodeRole(decode_pb2_grpc.DecodeServiceServicer):
     async def start(self, server: grpc.aio.Server, thread: EngineThread) -> None:
         site = self._site
         self._thread = thread
-        layout = site.engine.plan.layout
-        self._target = DeviceTarget(layout, site.device) if site.device else HostTarget(layout, site.memory.buffer)
+        self._targets = [target_of(pool) for pool in site.pools]
         self._importer = Importer(
-            self._target,
+            self._targets,
             worker_id=site.worker_id,
             config=site.config.transport,
             key=site.config.auth.cluster_key,
@@ -77,8 +76,8 @@ class DecodeRole(decode_pb2_grpc.DecodeServiceServicer):
         if self._ending:
             await asyncio.wait(self._ending)
         await self._importer.close()
-        if isinstance(self._target, DeviceTarget):
-            self._target.close()
+        for target in self._targets:
+            target.close()
 
     @handler
     async def Decode(

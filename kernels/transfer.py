@@ -2,8 +2,8 @@
 
     row(pool, i) = block table[(offset + i) // block_tokens], slot (offset + i) % block_tokens
 
-For each token i, layer, keys and values, and each h of num_heads: target row i of head target_head + h = source row i of
-head source_head + h.
+For each token i, layer, keys and values, and each h below num_heads: target row i of head target_head + h = source row
+i of head source_head + h.
 Between blocks of one dtype that is the very bytes, scale included. Between others it goes through float32: widened, by
 one rounding of scale * element, then rounded to bfloat16 or float16 (to nearest, ties to even, to infinity beyond all
 numbers) or quantized as by `quantize_rows`.
@@ -150,7 +150,7 @@ def _check_formats(source: KvFormat, target: KvFormat) -> None:
 
 
 def _check_heads(name: str, form: KvFormat, first: int, num_heads: int) -> None:
-    if not (0 <= first and 0 < num_heads <= form.num_kv_heads - first):
+    if first < 0 or not 0 < num_heads <= form.num_kv_heads - first:
         raise ValueError(
             f"{num_heads} heads from {name}_head {first} on must be among the {name}'s {form.num_kv_heads}"
         )

@@ -53,12 +53,10 @@ class PrefillRole(prefill_pb2_grpc.PrefillServiceServicer):
         )
         self._site = site
         self._exporter = Exporter(
-            plan.layout,
-            site.memory,
+            site.pools,
             worker_id=site.worker_id,
             kv_endpoint=site.address,
             config=site.config.transport,
-            device=site.device,
         )
         self._export_ids = (f"{site.worker_id}/{number}" for number in itertools.count())
 

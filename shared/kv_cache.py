@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +50,33 @@ class KvLayout:
             head_dim=architecture.head_dim,
             block_tokens=block_tokens,
         )
+
+    @classmethod
+    def joined(cls, layouts: Sequence["KvLayout"]) -> "KvLayout":
+        """What pools with a slice of the heads each hold together. Slices may overlap.
+
+        Raises ValueError naming the field by which they are no pools of one worker.
+        """
+        first, end = min(layout.first_kv_head for layout in layouts), max(layout.end_kv_head for layout in layouts)
+        whole = replace(layouts[0], first_kv_head=first, num_kv_heads=end - first)
+        for number, layout in enumerate(layouts):
+            if layout.num_kv_heads < 1:
+                raise ValueError(f"pools[{number}].num_kv_heads: is {layout.num_kv_heads}")
+            for field in layout.difference(replace(whole, first_kv_head=layout.first_kv_head)):
+                if field != "num_kv_heads":
+                    theirs, ours = getattr(layout, field), getattr(whole, field)
+                    raise ValueError(f"pools[{number}].{field}: is {theirs!r}, and {ours!r} in pools[0]")
+        held = first
+        for layout in sorted(layouts, key=lambda layout: layout.first_kv_head):
+            if layout.first_kv_head > held:
+                raise ValueError(f"pools.first_kv_head: head {held} is in none of the pools")
+            held = max(held, layout.end_kv_head)
+        return whole
+
+    @property
+    def end_kv_head(self) -> int:
+        """One behind the last of the model's key/value heads that the pool holds."""
+        return self.first_kv_head + self.num_kv_heads
 
     @property
     def digest(self) -> str:

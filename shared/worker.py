@@ -37,6 +37,7 @@ from shared.rpc import Health, RpcError, create_server
 from shared.token_request import Limits
 from shared.transport.cuda import CudaDriver
 from shared.transport.device_pool import DevicePool
+from shared.transport.pool import Pool
 from shared.transport.pool_memory import PoolMemory
 from shared.transport.wire import layout_to_proto
 from shared.worker_service import WorkerService
@@ -78,15 +79,13 @@ class Site:
         self,
         config: TandemConfig,
         engine: Engine | EncoderEngine,
-        memory: PoolMemory,
-        device: DevicePool | None,
+        pools: Sequence[Pool],
         worker_id: str,
         address: str,
     ) -> None:
         self.config = config
         self.engine = engine
-        self.memory = memory  # of the pool, or beside a pool on a device
-        self.device = device
+        self.pools = pools  # one for each rank, in their order; none of a model that embeds
         self.worker_id = worker_id
         self.address = address  # host:port at which others reach this worker
         self.board = LoadBoard()
@@ -140,9 +139,9 @@ class WorkerServer:
             ) from None
         address = f"{bracketed(told)}:{port}"
         try:
-            engine, memory, device = await asyncio.to_thread(_load_engine, config, section)
+            engine, pools = await asyncio.to_thread(_load_engine, config, section)
             worker_id = f"{type(section).__name__[0].lower()}-{secrets.token_hex(6)}"
-            site = Site(config, engine, memory, device, worker_id, address)
+            site = Site(config, engine, pools, worker_id, address)
             worker = cls(site, create_role(site), server)
             await worker._serve()
         except BaseException:
@@ -172,9 +171,8 @@ class WorkerServer:
         await self._thread.stop()
         self._site.cores.leave()
         self._site.engine.close()
-        if self._site.device is not None:
-            self._site.device.close()
-        self._site.memory.close()
+        for pool in self._site.pools:
+            pool.close()
 
     async def _serve(self) -> None:
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(self._info, self._site.board), self._server)
@@ -262,20 +260,20 @@ async def _run(
 
 def _load_engine(
     config: TandemConfig, section: PrefillConfig | DecodeConfig
-) -> tuple[Engine | EncoderEngine, PoolMemory, DevicePool | None]:
+) -> tuple[Engine | EncoderEngine, list[Pool]]:
     files = ModelStore().resolve(config.model, allow_pickle=config.allow_pickle)
     plan = EnginePlan.of(config, section, files)
-    on_cpu = plan.device == "cpu"
-    # beside a pool on a device only what cannot be reached there is ever touched
-    memory = PoolMemory(plan.pool_bytes, populate=on_cpu)
     if plan.pooling is not None:
         encoder = EncoderEngine(plan, plan.pooling)
         encoder.warm_up()
-        return encoder, memory, None
+        return encoder, []
+    on_cpu = plan.device == "cpu"
+    # beside a pool on a device only what cannot be reached there is ever touched
+    memory = PoolMemory(plan.pool_bytes, populate=on_cpu)
     device = None
     if not on_cpu:
         driver = CudaDriver(torch.cuda.current_device())
         device = DevicePool(driver, plan.pool_bytes, export=config.transport.cuda_export)
     engine = Engine(plan, device or memory)
     engine.warm_up()
-    return engine, memory, device
+    return engine, [Pool(plan.layout, memory, device)]

@@ -121,8 +121,9 @@ async def _measure(results: Results, sizes: Sizes, driver: CudaDriver, export: E
                 await _copies(
                     results, f"{tokens} tokens, {what}, {export}", prefill, decode, count, sizes, rate, _SHARE
                 )
-            assert isinstance(pair.mapping, DeviceMapping)
-            _launch(results, f"its launch alone, {export}", prefill, decode, pair.mapping.tensor, sizes, rate)
+            mapping = pair.mappings[0]
+            assert isinstance(mapping, DeviceMapping)
+            _launch(results, f"its launch alone, {export}", prefill, decode, mapping.tensor, sizes, rate)
         _handoffs(results, export, tokens)
         if export != _EXPORTS[0]:
             return
@@ -233,7 +234,7 @@ async def _decode_side(driver: CudaDriver, layout: KvLayout, tokens: int) -> Asy
         target = DeviceTarget(layout, pool)
         stack.callback(target.close)
         config = TransportConfig(require="cuda_ipc", convert_dtype=True)
-        importer = Importer(target, worker_id="decode", config=config)
+        importer = Importer([target], worker_id="decode", config=config)
         stack.push_async_callback(importer.close)
         yield DecodeSide(layout, blocks, pool, importer)
 

@@ -24,6 +24,7 @@ from shared.rpc import create_server
 from shared.transport.cuda import COMPUTE, CudaDriver
 from shared.transport.device_pool import DevicePool
 from shared.transport.exporter import Exporter
+from shared.transport.pool import Pool
 from shared.transport.pool_memory import PoolMemory
 
 EXPORT_ID = "all"
@@ -58,7 +59,8 @@ async def serve(options: dict[str, Any]) -> None:
     server = create_server()
     endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     config = TransportConfig(require="cuda_ipc")
-    exporter = Exporter(layout, memory, worker_id="prefill", kv_endpoint=endpoint, config=config, device=pool)
+    exported = Pool(layout, memory, pool)
+    exporter = Exporter([exported], worker_id="prefill", kv_endpoint=endpoint, config=config)
     await exporter.start()
     exporter.open_export(EXPORT_ID, range(1, options["num_blocks"]))
     kv_pb2_grpc.add_KvServiceServicer_to_server(exporter, server)

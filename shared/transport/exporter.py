@@ -1,6 +1,6 @@
-"""The prefill side of the KV handoff: offers its pool to decode workers and serves KvService.
+"""The prefill side of the KV handoff: offers its pools to decode workers and serves KvService.
 
-    exporter = Exporter(layout, memory, worker_id=..., kv_endpoint="10.0.0.1:50061", config=config.transport)
+    exporter = Exporter([Pool(layout, memory)], worker_id=..., kv_endpoint="10.0.0.1:50061", config=config.transport)
     await exporter.start()
     kv_pb2_grpc.add_KvServiceServicer_to_server(exporter, server)
     exporter.open_export("request-1/1", blocks)
@@ -17,18 +17,18 @@ import logging
 import secrets
 import zlib
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from tandem.v1 import kv_pb2, kv_pb2_grpc, types_pb2
 
 from shared.config import TransportConfig
+from shared.kv_cache import KvLayout
 from shared.rpc import handler, invalid, mismatch, stale
 from shared.transport.block_copy import runs
 from shared.transport.cuda import CudaError
 from shared.transport.descriptor_socket import DescriptorServer
-from shared.transport.device_pool import DevicePool
-from shared.transport.pool_memory import PoolMemory
+from shared.transport.pool import Pool
 from shared.transport.wire import (
     CHUNK_BYTES,
     CUDA_IPC,
@@ -46,48 +46,34 @@ from shared.transport.wire import (
     requirement,
 )
 
-if TYPE_CHECKING:
-    from shared.kv_cache import KvLayout
-
 log = logging.getLogger(__name__)
 
 RELEASE_S = 2.0
 
 
 class Exporter(kv_pb2_grpc.KvServiceServicer):
-    """A pool that decode workers copy from. `epoch` names this life of it: a restarted worker has another one.
+    """Pools that decode workers copy from. `epoch` names this life of them: a restarted worker has another one.
 
+    pools: one, or one for each rank; together they hold every head of the model, and a block has one number in all.
     kv_endpoint: host:port at which decode workers reach the server that this servicer is added to.
-    device: holds the pool, if it is on one; then a block is put into `memory` when somebody cannot reach it there.
+    Raises ValueError for pools that are none of one worker.
     """
 
-    def __init__(
-        self,
-        layout: KvLayout,
-        memory: PoolMemory,
-        *,
-        worker_id: str,
-        kv_endpoint: str,
-        config: TransportConfig,
-        device: DevicePool | None = None,
-    ) -> None:
-        num_bytes = memory.num_bytes if device is None else device.num_bytes
-        if num_bytes % layout.block_bytes or memory.num_bytes != num_bytes:
-            raise ValueError(
-                f"{num_bytes} and {memory.num_bytes} bytes are no whole number of blocks of {layout.block_bytes} bytes"
-            )
+    def __init__(self, pools: Sequence[Pool], *, worker_id: str, kv_endpoint: str, config: TransportConfig) -> None:
         self.epoch = secrets.randbits(63) | 1  # 0 is never an epoch
-        self.num_blocks = memory.num_bytes // layout.block_bytes
-        self._layout = layout
-        self._layout_proto = layout_to_proto(layout)
-        self._memory = memory
-        self._device = device
+        self.num_blocks = pools[0].num_blocks
+        if any(pool.num_blocks != self.num_blocks for pool in pools):
+            raise ValueError(f"pools of {[pool.num_blocks for pool in pools]} blocks are none of one worker")
+        self._pools = tuple(pools)
+        self._layout = KvLayout.joined([pool.layout for pool in pools])
+        self._layout_proto = layout_to_proto(self._layout)
         self._worker_id = worker_id
         self._kv_endpoint = kv_endpoint
         self._config = config
         self._exports: dict[str, set[int]] = {}
         self._sockets: list[DescriptorServer] = []
-        self._handles = {INLINE: kv_pb2.KvHandle(inline=kv_pb2.InlineHandle(chunk_bytes=CHUNK_BYTES))}
+        # of each pool
+        self._handles = {INLINE: [kv_pb2.KvHandle(inline=kv_pb2.InlineHandle(chunk_bytes=CHUNK_BYTES))] * len(pools)}
         self._refusals: dict[types_pb2.Transport.ValueType, str] = {}
 
     @property
@@ -102,7 +88,9 @@ class Exporter(kv_pb2_grpc.KvServiceServicer):
                 self._refusals[transport] = "the prefill worker's transport.disable names it"
                 continue
             try:
-                self._handles[transport] = prepare()
+                self._handles[transport] = [
+                    prepare(pool, f".{number}" if number else "") for number, pool in enumerate(self._pools)
+                ]
             except OSError as error:
                 self._refusals[transport] = str(error)
         required = TRANSPORTS.get(self._config.require or "", INLINE)
@@ -113,26 +101,29 @@ class Exporter(kv_pb2_grpc.KvServiceServicer):
             del self._handles[transport]
             self._refusals[transport] = f"the prefill worker's transport.require is {self._config.require}"
 
-    def _offer_shared_memory(self) -> kv_pb2.KvHandle:
-        socket_path = self._listen(self._memory.read_only_fd(), self._memory.num_bytes)
+    def _offer_shared_memory(self, pool: Pool, suffix: str) -> kv_pb2.KvHandle:
+        memory = pool.memory
         handle = kv_pb2.SharedMemoryHandle(
-            socket_path=socket_path, num_bytes=self._memory.num_bytes, staged=self._device is not None
+            socket_path=self._listen(memory.read_only_fd(), memory.num_bytes, suffix),
+            num_bytes=memory.num_bytes,
+            staged=pool.device is not None,
         )
         return kv_pb2.KvHandle(shared_memory=handle)
 
-    def _offer_cuda_ipc(self) -> kv_pb2.KvHandle:
-        if self._device is None:
+    def _offer_cuda_ipc(self, pool: Pool, suffix: str) -> kv_pb2.KvHandle:
+        device = pool.device
+        if device is None:
             raise CudaError("the prefill worker's pool is not on a CUDA device")
         handle = kv_pb2.CudaIpcHandle(
-            handle=self._device.handle,
-            device_uuid=self._device.driver.uuid,
-            num_bytes=self._device.size,
-            event_handles=self._device.event_handles(),
+            handle=device.handle,
+            device_uuid=device.driver.uuid,
+            num_bytes=device.size,
+            event_handles=device.event_handles(),
         )
-        handle.socket_path = self._listen(self._device.descriptor(), self._device.size, suffix=".cuda")
+        handle.socket_path = self._listen(device.descriptor(), device.size, f"{suffix}.cuda")
         return kv_pb2.KvHandle(cuda_ipc=handle)
 
-    def _listen(self, fd: int | None, num_bytes: int, suffix: str = "") -> str:
+    def _listen(self, fd: int | None, num_bytes: int, suffix: str) -> str:
         server = DescriptorServer(fd, self.epoch, num_bytes, self._config.socket_dir, suffix=suffix)
         self._sockets.append(server)
         return str(server.path)
@@ -140,7 +131,7 @@ class Exporter(kv_pb2_grpc.KvServiceServicer):
     async def release(self) -> None:
         """Has every process that maps a device's memory let go of it, within RELEASE_S: what a handle leads to must not
         be freed before. Nobody can map it any more."""
-        if self._device is None:
+        if all(pool.device is None for pool in self._pools):
             return
         self._exports.clear()
         released = await asyncio.gather(*(server.release(RELEASE_S) for server in self._sockets))
@@ -201,11 +192,11 @@ class Exporter(kv_pb2_grpc.KvServiceServicer):
             mark=mark,
         )
         if self._config.checksum:
-            checksum = 0
-            await self._stage(block_ids, mark)
-            for piece in self._pieces(block_ids):
-                checksum = zlib.crc32(piece, checksum)
-            extent.crc32 = checksum
+            checksums = [await self._checksum(pool, block_ids, mark) for pool in self._pools]
+            if len(checksums) == 1:
+                extent.crc32 = checksums[0]
+            else:
+                extent.pool_crc32.extend(checksums)
         return extent
 
     @handler
@@ -217,14 +208,21 @@ class Exporter(kv_pb2_grpc.KvServiceServicer):
         response = kv_pb2.HandshakeResponse(
             layout=self._layout_proto, worker_id=self._worker_id, epoch=self.epoch, num_blocks=self.num_blocks
         )
+        offered: list[types_pb2.Transport.ValueType] = []
         for transport in sorted(set(request.transports), reverse=True):  # best first
             if reason := self._refusal(transport, request.host_id):
                 response.refusals.append(refusal(transport, reason))
             else:
-                response.handles.append(self._handles[transport])
-        if not response.handles:
+                offered.append(transport)
+        if not offered:
             field = "transport.require" if self._config.require else "transports"
             raise mismatch(field, f"no transport is left: {describe(response.refusals)}")
+        if len(self._pools) == 1:
+            response.handles.extend(self._handles[transport][0] for transport in offered)
+            return response
+        for number, pool in enumerate(self._pools):
+            handles = [self._handles[transport][number] for transport in offered]
+            response.pools.append(kv_pb2.KvPool(layout=layout_to_proto(pool.layout), handles=handles))
         return response
 
     @handler
@@ -235,19 +233,22 @@ class Exporter(kv_pb2_grpc.KvServiceServicer):
             raise stale(f"epoch {request.epoch} of the pool is over; it is {self.epoch} now")
         export = self._exports.get(request.export_id)
         self._check_open(request.export_id, export)
+        if request.pool >= len(self._pools):
+            raise invalid("pool", f"{request.pool} is none of {len(self._pools)}")
+        pool = self._pools[request.pool]
         if not request.block_ids:
-            await self._settle(request.mark)
+            await self._settle(pool, request.mark)
             return
         check_blocks("block_ids", request.block_ids, self.num_blocks)
         if export is not None and not export.issuperset(request.block_ids):
             raise invalid("block_ids", "not all of them belong to the export")
-        await self._stage(request.block_ids, request.mark)
+        await self._stage(pool, request.block_ids, request.mark)
         if request.stage:
             self._check_open(request.export_id, export)
             return
         pieces: list[memoryview] = []
         size = 0
-        for piece in self._pieces(request.block_ids):
+        for piece in self._pieces(pool, request.block_ids):
             while piece:
                 pieces.append(piece[: CHUNK_BYTES - size])
                 size += len(pieces[-1])
@@ -267,23 +268,31 @@ class Exporter(kv_pb2_grpc.KvServiceServicer):
             return "the workers run on different hosts"
         return None
 
-    async def _settle(self, mark: int) -> None:
+    async def _settle(self, pool: Pool, mark: int) -> None:
         """Waits until the device has passed a mark."""
-        if self._device is not None:
+        if pool.device is not None:
             try:
-                await asyncio.to_thread(self._device.settle, mark)
+                await asyncio.to_thread(pool.device.settle, mark)
             except ValueError as error:
                 raise invalid("mark", str(error)) from None
 
-    async def _stage(self, block_ids: Sequence[int], mark: int) -> None:
+    async def _stage(self, pool: Pool, block_ids: Sequence[int], mark: int) -> None:
         """Puts blocks of a pool on a device where `_pieces` and other processes read them."""
-        if self._device is None:
+        if pool.device is None:
             return
-        staging = self._memory.tensor.view(self.num_blocks, -1)
+        staging = pool.memory.tensor.view(self.num_blocks, -1)
         try:
-            await asyncio.to_thread(self._device.copy_out, list(block_ids), staging, mark)
+            await asyncio.to_thread(pool.device.copy_out, list(block_ids), staging, mark)
         except ValueError as error:
             raise invalid("mark", str(error)) from None
+
+    async def _checksum(self, pool: Pool, block_ids: Sequence[int], mark: int) -> int:
+        """CRC-32 of a pool's blocks in order."""
+        await self._stage(pool, block_ids, mark)
+        checksum = 0
+        for piece in self._pieces(pool, block_ids):
+            checksum = zlib.crc32(piece, checksum)
+        return checksum
 
     def _chunk(self, export_id: str, export: set[int] | None, pieces: list[memoryview]) -> kv_pb2.FetchResponse:
         # looked up anew for each chunk: once the export is closed its blocks may hold another request's tokens
@@ -294,10 +303,11 @@ class Exporter(kv_pb2_grpc.KvServiceServicer):
         if export is None or self._exports.get(export_id) is not export:
             raise stale(f"export {export_id[:200]!r} has ended")
 
-    def _pieces(self, block_ids: Sequence[int]) -> list[memoryview]:
+    @staticmethod
+    def _pieces(pool: Pool, block_ids: Sequence[int]) -> list[memoryview]:
         """The bytes of blocks, neighbours in one piece."""
-        size = self._layout.block_bytes
-        buffer = self._memory.buffer
+        size = pool.layout.block_bytes
+        buffer = pool.memory.buffer
         return [
             buffer[begin * size : (begin + count) * size] for begin, _, count in runs(block_ids, range(len(block_ids)))
         ]

@@ -1,6 +1,6 @@
-"""The decode side of the KV handoff: moves exported tokens into this worker's pool.
+"""The decode side of the KV handoff: moves exported tokens into this worker's pools.
 
-    importer = Importer(HostTarget(layout, memory.buffer), worker_id=..., config=config.transport)
+    importer = Importer([HostTarget(layout, memory.buffer)], worker_id=..., config=config.transport)
     pair = await importer.connect("10.0.0.1:50061")  # ahead of traffic; `copy` connects by itself too
     result = await importer.copy(extent, block_table, held_tokens)
 
@@ -24,7 +24,7 @@ from tandem.v1 import kv_pb2, kv_pb2_grpc, types_pb2
 from torch import Tensor
 
 from shared.config import TransportConfig
-from shared.rpc import from_grpc, mismatch, stale, unavailable
+from shared.rpc import from_grpc, invalid, mismatch, stale, unavailable
 from shared.transport.block_copy import PIECE_BYTES
 from shared.transport.device_mapping import DeviceMapping
 from shared.transport.mapping import Mapping
@@ -48,13 +48,19 @@ class CopyResult:
 
 
 class Importer:
-    """Moves tokens out of other workers' pools into `target`, this worker's own."""
+    """Moves tokens out of other workers' pools into `targets`, this worker's own.
+
+    They have one number of blocks, and a block of the worker is the blocks of one number in all of them.
+    """
 
     def __init__(
-        self, target: Target, *, worker_id: str, config: TransportConfig, key: SecretStr | None = None
+        self, targets: Sequence[Target], *, worker_id: str, config: TransportConfig, key: SecretStr | None = None
     ) -> None:
         """key: the cluster's, if prefill workers ask for one."""
-        self._target = target
+        self._targets = tuple(targets)
+        self._block_tokens, self._num_blocks = targets[0].layout.block_tokens, targets[0].num_blocks
+        if any(target.num_blocks != self._num_blocks for target in targets):
+            raise ValueError(f"pools of {[target.num_blocks for target in targets]} blocks are none of one worker")
         self._worker_id = worker_id
         self._config = config
         self._key = key
@@ -108,26 +114,25 @@ class Importer:
         check_blocks("extent.block_ids", extent.block_ids, pair.num_blocks)
         target = self._check_destination(extent, block_table, from_token)
         first = max(extent.first_token, from_token)
-        move = Move(
-            layout=pair.layout,
-            first_head=self._target.layout.first_kv_head - pair.layout.first_kv_head,
-            source=list(extent.block_ids),
-            source_slot=first - extent.first_token,
-            target=target,
-            target_slot=first % self._target.layout.block_tokens,
-            num_tokens=extent.first_token + extent.num_tokens - first,
-            source_mark=extent.mark,
-            target_mark=mark,
-        )
+        sources: dict[int, list[tuple[Target, Move]]] = {}
+        for route in pair.routes:
+            move = Move(
+                layout=pair.pools[route.source],
+                route=route,
+                source=list(extent.block_ids),
+                source_slot=first - extent.first_token,
+                target=target,
+                target_slot=first % self._block_tokens,
+                num_tokens=extent.first_token + extent.num_tokens - first,
+                source_mark=extent.mark,
+                target_mark=mark,
+            )
+            sources.setdefault(route.source, []).append((self._targets[route.target], move))
         begin = time.perf_counter()
         with pair.in_use():
-            if pair.mapping is not None:
-                checksum = await self._copy_mapped(pair, pair.mapping, extent, move)
-            else:
-                checksum = await self._fetch(pair, extent, move)
-        if extent.HasField("crc32") and checksum != extent.crc32:
-            raise stale(f"checksum {checksum:08x} of the copied blocks is not the extent's {extent.crc32:08x}")
-        num_bytes = len(move.source) * pair.layout.block_bytes
+            for number, moves in sources.items():
+                await self._copy_pool(pair, number, extent, moves)
+        num_bytes = len(extent.block_ids) * sum(pair.pools[number].block_bytes for number in sources)
         return CopyResult(num_bytes, time.perf_counter() - begin, pair.transport, pair.refusals)
 
     async def confirm(self, extent: kv_pb2.KvExtent) -> None:
@@ -139,7 +144,7 @@ class Importer:
         pair = self._pairs.get(extent.kv_endpoint)
         if pair is None or pair.epoch != extent.epoch:
             raise stale(f"epoch {extent.epoch} of the pool of {extent.kv_endpoint} is over")
-        if pair.mapping is None:  # every chunk of Fetch was checked
+        if not pair.mappings:  # every chunk of Fetch was checked
             return
         with pair.in_use():
             await self._ask(pair, kv_pb2.FetchRequest(export_id=extent.export_id, epoch=extent.epoch))
@@ -160,7 +165,7 @@ class Importer:
         try:
             current = self._pairs.get(kv_endpoint)
             pair = await shake_hands(
-                kv_endpoint, self._target, self._worker_id, self._config, self._key, current=current
+                kv_endpoint, self._targets, self._worker_id, self._config, self._key, current=current
             )
             if pair is current:
                 return pair
@@ -171,9 +176,9 @@ class Importer:
             if current is not None:
                 self._drop(current)
             self._pairs[kv_endpoint] = pair
-            if pair.mapping is not None:
+            for mapping in pair.mappings.values():
                 # a dead worker's pool would otherwise stay in memory for as long as it is mapped here
-                pair.mapping.watch(lambda: self._drop(pair))
+                mapping.watch(lambda: self._drop(pair))
             while len(self._pairs) > MAX_PAIRS:
                 self._drop(next(iter(self._pairs.values())))
             return pair
@@ -191,34 +196,55 @@ class Importer:
 
     def _check_destination(self, extent: kv_pb2.KvExtent, block_table: Sequence[int], from_token: int) -> list[int]:
         """The blocks that are written to."""
-        block_tokens = self._target.layout.block_tokens
+        block_tokens = self._block_tokens
         first, end = max(extent.first_token, from_token), extent.first_token + extent.num_tokens
         blocks = list(block_table[first // block_tokens : -(-end // block_tokens)])
         if first >= end or len(block_table) * block_tokens < end:
             raise ValueError(f"tokens {first} to {end - 1} do not go to {len(block_table)} blocks of {block_tokens}")
-        if len(set(blocks)) != len(blocks) or not all(0 < block < self._target.num_blocks for block in blocks):
-            raise ValueError(f"{blocks} are not different blocks in 1..{self._target.num_blocks - 1}")
+        if len(set(blocks)) != len(blocks) or not all(0 < block < self._num_blocks for block in blocks):
+            raise ValueError(f"{blocks} are not different blocks in 1..{self._num_blocks - 1}")
         return blocks
 
+    async def _copy_pool(
+        self, pair: Pair, number: int, extent: kv_pb2.KvExtent, moves: Sequence[tuple[Target, Move]]
+    ) -> None:
+        """What of an extent is in the pool of that number, to wherever it belongs."""
+        expected = _checksum_of(extent, number, len(pair.pools))
+        mapping = pair.mappings.get(number)
+        if mapping is None:
+            checksum = await self._fetch(pair, number, extent, moves, summed=expected is not None)
+        else:
+            checksum = await self._copy_mapped(pair, number, mapping, extent, moves, summed=expected is not None)
+        if expected is not None and checksum != expected:
+            raise stale(f"checksum {checksum:08x} of the copied blocks is not the extent's {expected:08x}")
+
     async def _copy_mapped(
-        self, pair: Pair, mapping: Mapping | DeviceMapping, extent: kv_pb2.KvExtent, move: Move
+        self,
+        pair: Pair,
+        number: int,
+        mapping: Mapping | DeviceMapping,
+        extent: kv_pb2.KvExtent,
+        moves: Sequence[tuple[Target, Move]],
+        *,
+        summed: bool,
     ) -> int:
         source = mapping.tensor if isinstance(mapping, Mapping) else mapping
+        request = kv_pb2.FetchRequest(export_id=extent.export_id, epoch=extent.epoch, mark=extent.mark, pool=number)
         if isinstance(mapping, Mapping) and mapping.staged:
-            request = kv_pb2.FetchRequest(
-                export_id=extent.export_id, epoch=extent.epoch, block_ids=extent.block_ids, stage=True, mark=extent.mark
-            )
+            request.block_ids.extend(extent.block_ids)
+            request.stage = True
             await self._ask(pair, request)
         elif isinstance(mapping, DeviceMapping) and extent.mark and not mapping.waits:
-            request = kv_pb2.FetchRequest(export_id=extent.export_id, epoch=extent.epoch, mark=extent.mark)
             await self._ask(pair, request)
-        if not extent.HasField("crc32"):
-            await self._pull(source, move)
+        if not summed:
+            for target, move in moves:
+                await self._pull(target, source, move)
             return 0
         # summed and moved from a copy that nobody else can change in between
-        pool = mapping.tensor.view(-1, pair.layout.block_bytes)
-        blocks = (await asyncio.to_thread(lambda: pool[torch.tensor(move.source)].cpu())).view(-1)
-        await self._pull(blocks, replace(move, source=range(len(move.source))))
+        pool, table = mapping.tensor.view(-1, pair.pools[number].block_bytes), torch.tensor(list(extent.block_ids))
+        blocks = (await asyncio.to_thread(lambda: pool[table].cpu())).view(-1)
+        for target, move in moves:
+            await self._pull(target, blocks, replace(move, source=range(len(move.source))))
         return zlib.crc32(blocks.numpy().data)
 
     async def _ask(self, pair: Pair, request: kv_pb2.FetchRequest) -> None:
@@ -229,10 +255,10 @@ class Importer:
         except grpc.aio.AioRpcError as error:
             raise from_grpc(error) from None
 
-    async def _pull(self, source: Tensor | DeviceMapping, move: Move) -> None:
+    async def _pull(self, target: Target, source: Tensor | DeviceMapping, move: Move) -> None:
         stop = Event()
         # Not awaited directly: cancelling such a future marks it done while its thread still writes.
-        future = asyncio.get_running_loop().run_in_executor(self._threads, self._target.pull, source, move, stop)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, target.pull, source, move, stop)
         cancelled: asyncio.CancelledError | None = None
         while not future.done():
             try:
@@ -244,15 +270,28 @@ class Importer:
             raise cancelled
         future.result()
 
-    async def _fetch(self, pair: Pair, extent: kv_pb2.KvExtent, move: Move) -> int:
-        block_bytes, block_tokens = pair.layout.block_bytes, pair.layout.block_tokens
-        missing = len(move.source) * block_bytes
+    async def _fetch(
+        self,
+        pair: Pair,
+        number: int,
+        extent: kv_pb2.KvExtent,
+        moves: Sequence[tuple[Target, Move]],
+        *,
+        summed: bool,
+    ) -> int:
+        block_bytes, block_tokens = pair.pools[number].block_bytes, pair.layout.block_tokens
+        num_blocks = len(extent.block_ids)
+        missing = num_blocks * block_bytes
         checksum = 0
         # as many blocks as are moved at a time
-        piece = memoryview(bytearray(min(len(move.source), max(1, PIECE_BYTES // block_bytes)) * block_bytes))
+        piece = memoryview(bytearray(min(num_blocks, max(1, PIECE_BYTES // block_bytes)) * block_bytes))
         filled = moved = 0  # bytes of the piece; blocks before it
         request = kv_pb2.FetchRequest(
-            export_id=extent.export_id, epoch=extent.epoch, block_ids=extent.block_ids, mark=extent.mark
+            export_id=extent.export_id,
+            epoch=extent.epoch,
+            block_ids=extent.block_ids,
+            mark=extent.mark,
+            pool=number,
         )
         call = kv_pb2_grpc.KvServiceStub(pair.channel).Fetch(request)
         try:
@@ -260,7 +299,7 @@ class Importer:
                 missing -= len(response.data)
                 if missing < 0 or len(response.data) > CHUNK_BYTES:
                     raise mismatch("fetch", f"{pair.kv_endpoint} sends more bytes than were asked for")
-                if extent.HasField("crc32"):
+                if summed:
                     checksum = zlib.crc32(response.data, checksum)
                 data = memoryview(response.data)
                 while data:
@@ -268,9 +307,10 @@ class Importer:
                     piece[filled : filled + count] = data[:count]
                     data, filled = data[count:], filled + count
                     if filled == len(piece) or not missing:
-                        num_blocks = filled // block_bytes
-                        await self._pull_part(piece[:filled], move, moved * block_tokens, num_blocks * block_tokens)
-                        filled, moved = 0, moved + num_blocks
+                        count, slot = filled // block_bytes, moved * block_tokens
+                        for target, move in moves:
+                            await self._pull_part(target, piece[:filled], move, slot, count * block_tokens)
+                        filled, moved = 0, moved + count
         except grpc.aio.AioRpcError as error:
             if error.code() == grpc.StatusCode.UNAVAILABLE:
                 self._drop(pair)  # the next attempt gets a channel that waits for no backoff
@@ -281,7 +321,7 @@ class Importer:
             raise mismatch("fetch", f"{pair.kv_endpoint} sent {missing} bytes less than were asked for")
         return checksum
 
-    async def _pull_part(self, data: memoryview, move: Move, first_slot: int, num_slots: int) -> None:
+    async def _pull_part(self, target: Target, data: memoryview, move: Move, first_slot: int, num_slots: int) -> None:
         """Moves what a run of the source's blocks holds of a move: slots first_slot and so on of its first block."""
         begin = max(first_slot, move.source_slot)
         end = min(first_slot + num_slots, move.source_slot + move.num_tokens)
@@ -294,4 +334,14 @@ class Importer:
             target_slot=move.target_slot + begin - move.source_slot,
             num_tokens=end - begin,
         )
-        await self._pull(torch.frombuffer(data, dtype=torch.uint8), part)
+        await self._pull(target, torch.frombuffer(data, dtype=torch.uint8), part)
+
+
+def _checksum_of(extent: kv_pb2.KvExtent, number: int, num_pools: int) -> int | None:
+    """What the extent says of a pool's blocks; None where it says nothing. Raises INVALID_ARGUMENT for another number
+    of checksums than pools."""
+    if num_pools == 1 and not extent.pool_crc32:
+        return extent.crc32 if extent.HasField("crc32") else None
+    if extent.HasField("crc32") or len(extent.pool_crc32) not in (0, num_pools):
+        raise invalid("extent.pool_crc32", f"has {len(extent.pool_crc32)} checksums of {num_pools} pools")
+    return extent.pool_crc32[number] if extent.pool_crc32 else None

@@ -1,4 +1,4 @@
-"""A decode worker's own pool as the place that tokens are moved to, out of blocks of any layout."""
+"""A pool of a decode worker as the place that tokens are moved to, out of blocks of any layout."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from shared.kv_cache import KvLayout
 from shared.transport.block_copy import PIECE_BYTES, copy_blocks
 from shared.transport.device_mapping import DeviceMapping
 from shared.transport.device_pool import DevicePool
+from shared.transport.pool import Pool
+from shared.transport.routes import Route
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
     """num_tokens rows, from slot source_slot of the first of the blocks `source` to target_slot of those of `target`.
 
-    layout: of the source. first_head: the source's head that is the target's first. source_mark: of the source's
-    device, before which its blocks are not written. target_mark: of the target's, before which others use its blocks.
+    layout: of the source. route: which heads. source_mark: of the source's device, before which its blocks are not
+    written. target_mark: of the target's, before which others use its blocks.
     """
 
     layout: KvLayout
-    first_head: int
+    route: Route
     source: Sequence[int]
     source_slot: int
     target: Sequence[int]
@@ -50,8 +52,12 @@ class Target(Protocol):
         """Moves rows out of a pool: uint8 [num_bytes] on the host, or one on a device. False: `stop` was set midway."""
         ...
 
-    def probe(self, source: Tensor | DeviceMapping, layout: KvLayout, first_head: int) -> None:
+    def probe(self, source: Tensor | DeviceMapping, layout: KvLayout, route: Route) -> None:
         """Moves the null block of a pool to a place of no use: what fails is to fail before a request does."""
+        ...
+
+    def close(self) -> None:
+        """No copy may be running."""
         ...
 
 
@@ -66,14 +72,14 @@ class HostTarget:
     def pull(self, source: Tensor | DeviceMapping, move: Move, stop: Event) -> bool:
         return self._pull(source, move, self._pool, stop)
 
-    def probe(self, source: Tensor | DeviceMapping, layout: KvLayout, first_head: int) -> None:
-        self._pull(source, _null_block(layout, first_head, self.layout), torch.empty_like(self._pool[:1]), Event())
+    def probe(self, source: Tensor | DeviceMapping, layout: KvLayout, route: Route) -> None:
+        self._pull(source, _null_block(layout, route, self.layout), torch.empty_like(self._pool[:1]), Event())
 
     def _pull(self, source: Tensor | DeviceMapping, move: Move, pool: Tensor, stop: Event) -> bool:
         assert isinstance(source, Tensor)
         layout, block_tokens = self.layout, self.layout.block_tokens
         whole = not (move.source_slot % block_tokens or move.target_slot % block_tokens)
-        if whole and move.layout == layout:
+        if whole and move.layout == layout and move.route.num_heads == layout.num_kv_heads:
             blocks = -(-move.num_tokens // block_tokens)
             first, place = move.source_slot // block_tokens, move.target_slot // block_tokens
             return copy_blocks(
@@ -93,6 +99,9 @@ class HostTarget:
             _transfer(source, pool, layout.format, move, tables, begin, min(step, move.num_tokens - begin))
         return True
 
+    def close(self) -> None:
+        self._pool = torch.empty(0, self.layout.block_bytes, dtype=torch.uint8)
+
 
 class DeviceTarget:
     """A pool on a CUDA device. Its copies are done on a stream of their own, beside what the worker computes."""
@@ -108,8 +117,8 @@ class DeviceTarget:
     def pull(self, source: Tensor | DeviceMapping, move: Move, stop: Event) -> bool:
         return self._pull(source, move, self._pool, stop)
 
-    def probe(self, source: Tensor | DeviceMapping, layout: KvLayout, first_head: int) -> None:
-        self._pull(source, _null_block(layout, first_head, self.layout), torch.empty_like(self._pool[:1]), Event())
+    def probe(self, source: Tensor | DeviceMapping, layout: KvLayout, route: Route) -> None:
+        self._pull(source, _null_block(layout, route, self.layout), torch.empty_like(self._pool[:1]), Event())
 
     def _pull(self, source: Tensor | DeviceMapping, move: Move, pool: Tensor, stop: Event) -> bool:
         if stop.is_set() or (isinstance(source, DeviceMapping) and not source.settle(move.source_mark, stop)):
@@ -147,8 +156,15 @@ class DeviceTarget:
         self.driver.destroy_stream(self._stream)
 
 
-def _null_block(source: KvLayout, first_head: int, target: KvLayout) -> Move:
-    return Move(source, first_head, [0], 0, [0], 0, min(source.block_tokens, target.block_tokens))
+def target_of(pool: Pool) -> HostTarget | DeviceTarget:
+    """Where a pool lies is where its tokens are moved."""
+    if pool.device is not None:
+        return DeviceTarget(pool.layout, pool.device)
+    return HostTarget(pool.layout, pool.memory.buffer)
+
+
+def _null_block(source: KvLayout, route: Route, target: KvLayout) -> Move:
+    return Move(source, route, [0], 0, [0], 0, min(source.block_tokens, target.block_tokens))
 
 
 def _transfer(
@@ -164,5 +180,7 @@ def _transfer(
         tables[1],
         move.target_slot + begin,
         num_tokens,
-        first_head=move.first_head,
+        source_head=move.route.source_head,
+        target_head=move.route.target_head,
+        num_heads=move.route.num_heads,
     )

@@ -24,6 +24,7 @@ CUDA_IPC = types_pb2.TRANSPORT_CUDA_IPC
 # as the configuration says them; of two transports the better has the higher number
 TRANSPORT_NAMES = {INLINE: "inline", SHARED_MEMORY: "shared_memory", CUDA_IPC: "cuda_ipc"}
 TRANSPORTS: dict[str, types_pb2.Transport.ValueType] = {name: transport for transport, name in TRANSPORT_NAMES.items()}
+MAX_POOLS = 64
 _ENDPOINT = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.%]{2,64}\]):([0-9]{1,5})")
 
 
@@ -32,7 +33,7 @@ def layout_to_proto(layout: KvLayout) -> kv_pb2.KvLayout:
     return kv_pb2.KvLayout(**{name: getattr(layout, name) for name in LAYOUT_FIELDS})
 
 
-def layout_from_proto(layout: kv_pb2.KvLayout) -> KvLayout:
+def layout_from_proto(layout: kv_pb2.KvLayout, field: str = "layout") -> KvLayout:
     """A peer's record. Raises FAILED_PRECONDITION for one that cannot be, or whose digest is not its own."""
     from shared.kv_cache import KvLayout  # it loads torch, which the gateway does not
 
@@ -40,14 +41,41 @@ def layout_from_proto(layout: kv_pb2.KvLayout) -> KvLayout:
     try:
         record = KvLayout(**values)
     except ValueError as error:
-        raise mismatch("layout", str(error)) from None
+        raise mismatch(field, str(error)) from None
     if not record.block_tokens:
-        raise mismatch("layout.block_tokens", "is 0")
+        raise mismatch(f"{field}.block_tokens", "is 0")
     if record.digest != layout.digest:
         raise mismatch(
-            "layout.digest", f"{layout.digest[:64]!r} is not the digest of the other fields, {record.digest}"
+            f"{field}.digest", f"{layout.digest[:64]!r} is not the digest of the other fields, {record.digest}"
         )
     return record
+
+
+def pools_from_proto(response: kv_pb2.HandshakeResponse) -> list[tuple[KvLayout, Sequence[kv_pb2.KvHandle]]]:
+    """A peer's pools and how to reach each, in its order.
+
+    Raises FAILED_PRECONDITION naming the field unless each can be, and all together hold what `layout` says.
+    """
+    from shared.kv_cache import KvLayout
+
+    whole = layout_from_proto(response.layout)
+    if not response.pools:
+        return [(whole, response.handles)]
+    if len(response.pools) > MAX_POOLS:
+        raise mismatch("pools", f"{len(response.pools)} are more than {MAX_POOLS}")
+    layouts = [layout_from_proto(pool.layout, f"pools[{i}].layout") for i, pool in enumerate(response.pools)]
+    try:
+        joined = KvLayout.joined(layouts)
+    except ValueError as error:
+        field, _, message = str(error).partition(": ")
+        raise mismatch(field, message) from None
+    if differing := joined.difference(whole):
+        field = differing[0]
+        raise mismatch(
+            f"pools.{field}",
+            f"the pools together have {getattr(joined, field)!r}, the worker {getattr(whole, field)!r}",
+        )
+    return [(layout, pool.handles) for layout, pool in zip(layouts, response.pools, strict=True)]
 
 
 def check_layouts(source: kv_pb2.KvLayout, target: kv_pb2.KvLayout, *, converts_dtype: bool) -> None:

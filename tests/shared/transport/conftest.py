@@ -21,6 +21,7 @@ from shared.rpc import create_server
 from shared.transport.device_pool import DevicePool, Export
 from shared.transport.exporter import Exporter
 from shared.transport.importer import COPY_THREADS, CopyResult, Importer
+from shared.transport.pool import Pool
 from shared.transport.pool_memory import PoolMemory
 from shared.transport.target import DeviceTarget, HostTarget
 from tests.shared.transport.cuda_devices import Cuda, Gpu, read, write
@@ -150,9 +151,8 @@ def serve(stack: AsyncExitStack, tmp_path: Path) -> Callable[..., Any]:
         server = create_server()
         endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         transport = TransportConfig(**{"socket_dir": tmp_path, **config})
-        exporter = Exporter(
-            layout, memory, worker_id="prefill-1", kv_endpoint=endpoint, config=transport, device=device
-        )
+        pool = Pool(layout, memory, device)
+        exporter = Exporter([pool], worker_id="prefill-1", kv_endpoint=endpoint, config=transport)
         served = Served(exporter, memory, layout, endpoint, device)
         write(memory.tensor if device is None else device.tensor, random.Random(1).randbytes(memory.num_bytes))
         await exporter.start()
@@ -185,7 +185,7 @@ def importing(stack: AsyncExitStack) -> Callable[..., Importing]:
             write(device.tensor, b"\xee" * num_bytes)
             target = DeviceTarget(layout, device)
             stack.callback(target.close)
-        importer = Importer(target, worker_id="decode-1", config=TransportConfig(**config))
+        importer = Importer([target], worker_id="decode-1", config=TransportConfig(**config))
         stack.push_async_callback(importer.close)
         return Importing(importer, layout, memory, device)
 

@@ -19,6 +19,7 @@ from shared.kv_cache import KvLayout
 from shared.rpc import create_server
 from shared.transport.device_pool import DevicePool
 from shared.transport.exporter import Exporter
+from shared.transport.pool import Pool
 from shared.transport.pool_memory import PoolMemory
 from tests.shared.transport.cuda_devices import make_cuda, write
 from tests.shared.transport.fake_cuda import FakeCuda
@@ -38,12 +39,10 @@ async def main(options: SimpleNamespace) -> None:
     server = create_server()
     endpoint = f"{options.host}:{server.add_insecure_port(f'{options.host}:{options.port}')}"
     exporter = Exporter(
-        layout,
-        memory,
+        [Pool(layout, memory, device)],
         worker_id=f"seed-{options.seed}",
         kv_endpoint=endpoint,
         config=TransportConfig(**options.config),
-        device=device,
     )
     await exporter.start()
     exporter.open_export("all", range(1, options.num_blocks))

@@ -32,7 +32,7 @@ async def main(options: SimpleNamespace) -> None:
     else:
         memory = bytearray(num_bytes)
         pool, target = torch.frombuffer(memory, dtype=torch.uint8), HostTarget(layout, memory)
-    importer = Importer(target, worker_id="decode-1", config=TransportConfig())
+    importer = Importer([target], worker_id="decode-1", config=TransportConfig())
     extent = ParseDict(options.extent, kv_pb2.KvExtent())
     while True:
         blocks = range(1, len(extent.block_ids) + 1)

@@ -16,6 +16,7 @@ from shared.config import TransportConfig
 from shared.kv_cache import KvCache, KvLayout
 from shared.transport.exporter import Exporter
 from shared.transport.importer import Importer
+from shared.transport.pool import Pool
 from shared.transport.pool_memory import PoolMemory
 from shared.transport.target import HostTarget
 from shared.transport.wire import CHUNK_BYTES
@@ -54,12 +55,12 @@ async def test_carries_a_cache_of_real_tensors(stack, transport):
     source.pool.random_(generator=torch.Generator().manual_seed(0))
     server = rpc.create_server()
     endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    exporter = Exporter(layout, memories[0], worker_id="p", kv_endpoint=endpoint, config=TransportConfig())
+    exporter = Exporter([Pool(layout, memories[0])], worker_id="p", kv_endpoint=endpoint, config=TransportConfig())
     await exporter.start()
     kv_pb2_grpc.add_KvServiceServicer_to_server(exporter, server)
     await server.start()
     importer = Importer(
-        HostTarget(layout, memories[1].buffer),
+        [HostTarget(layout, memories[1].buffer)],
         worker_id="d",
         config=TransportConfig(**disable(transport), checksum=True),
     )

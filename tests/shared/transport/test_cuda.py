@@ -176,7 +176,7 @@ async def test_a_copy_waits_for_what_a_gpu_computes(start_exporter, importing, l
     worker = await start_exporter(1, on="gpu", export=export)
     decode = importing(cuda=Gpu())
     pair = await decode.importer.connect(worker.kv_endpoint)
-    assert pair.mapping.waits
+    assert pair.mappings[0].waits
     late = asyncio.create_task(decode.copy(worker.extent(layout, [2], await worker.compute()), [2]))
     try:
         await asyncio.wait([late], timeout=1)

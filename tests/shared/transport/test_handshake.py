@@ -234,7 +234,8 @@ async def test_keeps_a_bounded_number_of_pairs(serve, importing, monkeypatch, he
 
 async def test_a_closed_importer_connects_no_more(serve, layout):
     served = await serve()
-    importer = Importer(HostTarget(layout, bytearray(2 * layout.block_bytes)), worker_id="d", config=TransportConfig())
+    target = HostTarget(layout, bytearray(2 * layout.block_bytes))
+    importer = Importer([target], worker_id="d", config=TransportConfig())
     connecting = asyncio.create_task(importer.connect(served.kv_endpoint))
     await asyncio.sleep(0)
     await importer.close()
