@@ -29,6 +29,7 @@ HUGGING_FACE = CutTable(
         # norms; of a router's outputs every rank needs all
         (r"\w*([nN]orm|layrnorm)\d?\.(weight|bias)|(ln|norm)_\w+\.(weight|bias)|norms\.\d+\.weight", WHOLE),
         (r"(mlp|block_sparse_moe)\.gate\.weight|shared_expert_gate\.weight", WHOLE),
+        (r"gate\.wg\.weight|mlp\.coefficient\.(weight|bias)", WHOLE),
         (r"rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias)", WHOLE),
         # attention
         (r"(q_proj|query|q_lin)" + _WEIGHT_OR_BIAS, QUERIES),
@@ -65,9 +66,10 @@ MEGATRON = CutTable(
         (r"(position|tokentype)_embeddings\.weight", WHOLE),
         (r"attention\.query_key_value" + _WEIGHT_OR_BIAS, QKV_ALIKE),
         (r"attention\.dense\.weight", OUTPUT),
-        (r"mlp\.dense_h_to_4h" + _WEIGHT_OR_BIAS, COLUMN_PARALLEL),
-        (r"mlp\.dense_4h_to_h\.weight", ROW_PARALLEL),
-        (r"(attention\.dense|mlp\.dense_4h_to_h)\.bias|\w*layernorm\.(weight|bias)|inv_freq", WHOLE),
+        (r"(mlp|deepspeed_experts\.\d+)\.dense_h_to_4h" + _WEIGHT_OR_BIAS, COLUMN_PARALLEL),
+        (r"(mlp|deepspeed_experts\.\d+)\.dense_4h_to_h\.weight", ROW_PARALLEL),
+        (r"(attention\.dense|dense_4h_to_h)\.bias|\w*layernorm\.(weight|bias)|inv_freq", WHOLE),
+        (r"gate\.wg\.weight|mlp\.coefficient\.(weight|bias)", WHOLE),
     )
 )
 

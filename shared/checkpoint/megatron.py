@@ -11,6 +11,8 @@ Here they are all queries, then all keys, then all values, and names are flat an
     word_embeddings.weight   position_embeddings.weight   transformer.final_layernorm.weight
     transformer.layers.N. (input_layernorm | post_attention_layernorm | attention.query_key_value | attention.dense |
                            mlp.dense_h_to_4h | mlp.dense_4h_to_h) . (weight | bias)
+
+What DeepSpeed-MoE's layers have in the place of an MLP keeps its names: mlp.deepspeed_moe.gate.wg.weight and others.
 """
 
 import math
@@ -30,13 +32,13 @@ _FUSED = re.compile(r"\.attention\.query_key_value\.(weight|bias)$")
 _MAX_DEPTH = 16
 # What makes it Megatron's, besides what others call alike.
 _OWN = re.compile(r"(^|\.)(transformer|encoder)\.layers\.\d+\.(self_)?attention\.query_key_value\.")
-# Looked for in every file, as DeepSpeed does.
+# Looked for in every file, as DeepSpeed does; of an MLP or of experts.
 _NEEDED = (
     "attention.dense.weight",
-    "mlp.dense_4h_to_h.weight",
+    "dense_4h_to_h.weight",
     "attention.query_key_value",
-    "mlp.dense_h_to_4h.weight",
-    "mlp.dense_h_to_4h.bias",
+    "dense_h_to_4h.weight",
+    "dense_h_to_4h.bias",
 )
 
 

@@ -37,8 +37,6 @@ ONE_WAY_SO_FAR = (
     "tensor_parallel.mpu",
     "tensor_parallel.tp_group",
     "moe.ep_size",
-    "moe.moe_experts",
-    "moe.type",
     "moe.ep_mp_group",
     "moe.ep_group",
     "quant.activation.num_bits",

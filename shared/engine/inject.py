@@ -29,6 +29,7 @@ from shared.engine.causal_lm import CausalLM, Limits
 from shared.engine.detection import detected
 from shared.engine.diffusion import InjectedPipeline, is_pipeline
 from shared.engine.encoder_model import EncoderModel, encoders_of, is_encoder
+from shared.engine.expert_options import check_experts, fields_with_experts, policy_with_experts, refuse_experts
 from shared.engine.given import Given, fields_of, given_module, load_into
 from shared.engine.saving import quantized_of, save
 from shared.model_files import find_weights, read_json
@@ -59,6 +60,7 @@ def inject(model: Any, config: InferenceConfig) -> Injection:
     on_host = config.keep_module_on_host or not torch.cuda.is_available()
     device = "cpu" if on_host else "cuda"
     if is_pipeline(model):
+        refuse_experts(config.moe)
         dtype, plan = compute_dtype(config, device)
         pipeline = InjectedPipeline(model, config, device=device, dtype=dtype, plan=plan)
         return Injection(model, pipeline.close, pipeline=pipeline)
@@ -68,9 +70,11 @@ def inject(model: Any, config: InferenceConfig) -> Injection:
         model = _encoder_folder(Path(model))
     if config.replace_with_kernel_inject:
         if isinstance(model, nn.Module) and encoders_of(model):
+            refuse_experts(config.moe)
             return _encoders(given_module(model, config), config, device)
         given = _given_folder(Path(model), config) if isinstance(model, str | Path) else given_module(model, config)
         return _causal_lm(given, config, device)
+    refuse_experts(config.moe)
     return _as_it_is(model, config, device)
 
 
@@ -139,9 +143,9 @@ def _causal_lm(given: Given, config: InferenceConfig, device: str) -> Injection:
     if not config.triangular_masking:
         raise ValueError("triangular_masking: false, and a decoder's tokens attend to no later ones; leave it out")
     policy, given = _policy(given, config)
-    architecture = policy.architecture(given.fields)
-    if architecture.experts and not config.moe.enabled:
-        raise ValueError("moe.enabled: false, and the model has experts; leave it out")
+    policy = policy_with_experts(policy, config.moe)
+    architecture = policy.architecture(fields_with_experts(policy, given.fields, config.moe))
+    check_experts(architecture, config.moe)
     module = _generating(given)
     if policy.kind != "decoder" or not module.can_generate():
         raise UnsupportedModelError("architectures", f"{type(module).__name__} is no causal language model")

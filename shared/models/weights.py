@@ -273,8 +273,8 @@ class _Loader:
             each = (self._built(source.at(layer, expert), shape[1:]) for expert in range(shape[0]))
         bias, bias_shape = None, shapes.get(f"{module}.bias")
         if bias_shape is not None:
-            source = self._source(f"{module}.bias")
-            bias = torch.stack([self._built(source.at(layer, e), bias_shape[1:]) for e in range(shape[0])])
+            own = self._source(f"{module}.bias")
+            bias = torch.stack([self._built(own.at(layer, expert), bias_shape[1:]) for expert in range(shape[0])])
         return ExpertWeights(each, shape[0], self.quantization.of(name, shape[2]), bias=bias)
 
     def _integers(self, ours: str, layer: int, shape: tuple[int, ...], how: Quantization) -> Integers | None:

@@ -18,7 +18,7 @@ GPT_RECORD = {
 }
 
 
-def _rest(fields: Fields) -> Mapping[str, object]:
+def gpt_rest(fields: Fields) -> Mapping[str, object]:
     fields.refuse("scale_attn_by_inverse_layer_idx", "scores scaled by the layer's number are not supported")
     fields.refuse("add_cross_attention", "decoders of an encoder are not supported")
     head_dim = fields.integer("hidden_size") // fields.integer("num_attention_heads")
@@ -49,7 +49,7 @@ GPT2 = Policy(
         "tie_word_embeddings": True,
     },
     record=GPT_RECORD,
-    rest=_rest,
+    rest=gpt_rest,
     rotary=None,
     names={
         "embedding": rows("transformer.wte.weight"),

@@ -15,6 +15,7 @@ from shared.policies.gpt_neox import GPT_NEOX
 from shared.policies.gptj import GPTJ
 from shared.policies.granite import GRANITE
 from shared.policies.llama import LLAMA
+from shared.policies.megatron_moe import MEGATRON_MOE
 from shared.policies.mistral import MISTRAL
 from shared.policies.mixtral import MIXTRAL
 from shared.policies.mpt import MPT
@@ -32,8 +33,8 @@ from shared.policies.stablelm import STABLELM
 
 _ALL = (
     BERT, BLOOM, CLIP_TEXT, CLIP_VISION, DISTILBERT, FALCON, GEMMA, GEMMA2, GEMMA3, GPT2, GPT_NEO, GPT_NEOX, GPTJ,
-    GRANITE, LLAMA, MISTRAL, MIXTRAL, MPT, OLMO2, OPT, PHI, PHI3, QWEN, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, ROBERTA,
-    STABLELM,
+    GRANITE, LLAMA, MEGATRON_MOE, MISTRAL, MIXTRAL, MPT, OLMO2, OPT, PHI, PHI3, QWEN, QWEN2, QWEN2_MOE, QWEN3,
+    QWEN3_MOE, ROBERTA, STABLELM,
 )  # fmt: skip
 POLICIES = {policy.family: policy for policy in _ALL}
 

@@ -451,8 +451,6 @@ ASKED = {
     "tensor_parallel.mpu": MOVED["mpu"][2],
     "tensor_parallel.tp_group": object(),
     "moe.ep_size": 2,
-    "moe.moe_experts": [8],
-    "moe.type": "residual",
     "moe.ep_mp_group": object(),
     "moe.ep_group": object(),
     "quant.activation.num_bits": 4,
