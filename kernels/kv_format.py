@@ -24,7 +24,7 @@ from kernels.dtypes import CODES, DTYPES
 ELEMENTS = {**DTYPES, "int8": torch.int8, "fp8": torch.int8}
 GREATEST = {"int8": 127.0, "fp8": 448.0}
 SCALE_BYTES = 4
-_QUANTIZED = {"int8": 2, "fp8": 3}  # as kernels/cpu/kv_format.h numbers them, beside CODES
+_QUANTIZED = {"int8": 2, "fp8": 5}  # as kernels/cpu/simd.h numbers them, beside CODES
 LEAST = 2.0**-100  # far below it G / max|x| is no float32
 
 

@@ -36,7 +36,7 @@ from kernels.device import in_triton
 from kernels.dtypes import CODES
 from kernels.quantization import Integers, Quantization, floats_of, quantize
 
-_INTEGERS = {8: 2, 4: 3}  # dtypes of panels of so many bits
+_FORM_CODES = {"int8": 2, "int4": 3, "fp8": 5, "fp6": 6}  # as kernels/cpu/simd.h numbers them
 _PACKINGS = {"panels": "panels, float32 products", "pairs": "pairs, bfloat16 products", "rows": "rows, Triton"}
 _PROBE_ROWS = (1, 2, 5, 10, 17)
 
@@ -81,8 +81,8 @@ class LinearWeight:
     def _take_shape(
         self, shape: Sequence[int], dtype: torch.dtype, quantization: Quantization | None, packing: str
     ) -> None:
-        if quantization and (quantization.floating or quantization.dynamic) and packing != "rows":
-            raise ValueError(f"{quantization.form} {'with dynamic activations ' * quantization.dynamic}is CUDA's alone")
+        if quantization and quantization.dynamic and packing != "rows":
+            raise ValueError("int8 with dynamic activations is CUDA's alone")
         self.dtype, self.quantization, self._packing = dtype, quantization, packing
         self.out_features, self.in_features = shape
         self.group = (quantization and quantization.group) or self.in_features  # input features that share a scale
@@ -93,8 +93,7 @@ class LinearWeight:
 
             self.packed, self.scale, self.offset = rows.pack(values, self.form), scale, offset
         else:
-            bits = self.quantization and self.quantization.bits
-            self.packed = panels.pack(values, bits, pairs=self._packing == "pairs")
+            self.packed = panels.pack(values, self.form, group=self.group, pairs=self._packing == "pairs")
             # [ceil(out / 32), groups, 32]
             self.scale, self.offset = (None if part is None else panels.pack_scales(part) for part in (scale, offset))
         self.bias = None if bias is None else bias.detach().contiguous()
@@ -159,7 +158,7 @@ class LinearWeight:
             values = rows.unpack(self.packed, self.form, self.in_features)
         else:
             shape = (self.out_features, self.in_features)
-            values = panels.unpack(self.packed, shape, self.quantization.bits, pairs=self._packing == "pairs")
+            values = panels.unpack(self.packed, shape, self.form, group=self.group, pairs=self._packing == "pairs")
             scale = panels.unpack_scales(scale, self.out_features)
             offset = None if offset is None else panels.unpack_scales(offset, self.out_features)
         numbers = floats_of(values, self.form) if self.quantization.floating else values
@@ -217,8 +216,8 @@ def c_linear(op: str, x: Tensor, weight: LinearWeight, out: Tensor, *more: int |
         f"{op}_pairs" if weight._packing == "pairs" else op,
         x.data_ptr(), weight.packed.data_ptr(), _address(weight.scale), _address(weight.offset), _address(weight.bias),
         out.data_ptr(), len(out), weight.in_features, weight.out_features, weight.group,
-        CODES[x.dtype], _INTEGERS[weight.quantization.bits] if weight.quantization else CODES[weight.dtype],
-        CODES[weight.dtype], CODES[out.dtype], torch.get_num_threads(), *more,
+        CODES[x.dtype], _FORM_CODES.get(weight.form, CODES[weight.dtype]), CODES[weight.dtype], CODES[out.dtype],
+        torch.get_num_threads(), *more,
     )  # fmt: skip
 
 

@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-WORD = 8  # input features of an int4 word, of which a group has a whole number
 _QUANTIZED_ROWS = 1024  # at once, in float64
 _FORMS = {(8, False): "int8", (4, False): "int4", (8, True): "fp8", (6, True): "fp6"}
 
@@ -25,10 +24,11 @@ _FORMS = {(8, False): "int8", (4, False): "int4", (8, True): "fp8", (6, True): "
 class Quantization:
     """How a weight becomes few bits, each number rounded to the nearest.
 
-    group: input features that share a scale, a multiple of 8; None = all of a row.
+    group: input features that share a scale, any number that divides a row; None = all of a row. On a CPU a group that
+    is no multiple of 8 (of fp6: of 16) is filled up to one.
     symmetric: the greatest of a group is the format's greatest, and there is no offset; else the integers reach from
     the group's least weight to its greatest.
-    floating: bits 8 are e4m3, bits 6 e3m2. On CUDA.
+    floating: bits 8 are e4m3, bits 6 e3m2.
     dynamic: rows of activations become int8 too, each with a scale of its own: int8, symmetric, a row a group. On CUDA.
     Raises ValueError for what no op computes.
     """
@@ -43,8 +43,8 @@ class Quantization:
         if (self.bits, self.floating) not in _FORMS:
             known = "8 or 6 of a float" if self.floating else "8 or 4"
             raise ValueError(f"bits must be {known}, got {self.bits}")
-        if self.group is not None and (self.group < 1 or self.group % WORD):
-            raise ValueError(f"group must be a multiple of {WORD} input features, got {self.group}")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group must be 1 input feature or more, got {self.group}")
         if self.floating and not self.symmetric:
             raise ValueError("floats are symmetric: they have no offset")
         if self.dynamic and (self.form != "int8" or not self.symmetric or self.group is not None):

@@ -4,8 +4,6 @@
 
 #include "simd.h"
 
-enum { INT8 = 2, FP8 = 3 }; /* what elements are kept as, beside simd.h's dtypes */
-
 INLINE int quantized(int64_t kept) { return kept == INT8 || kept == FP8; }
 INLINE int64_t element_bytes(int64_t kept) { return quantized(kept) ? 1 : bytes_of((int)kept); }
 

@@ -8,7 +8,13 @@
  *
  * Of INT4 the bits are q + 8, so its sum of x q is fma(sum of x, -8, sum of x (q + 8)). They are multiplied where they stand
  * in their word, as 16^i (q + 8) by x / 16^i.
+ *
+ * FP8 panels are as those of INT8. FP6 panels, of this file and of linear_pairs.c, are [ceil(out / WIDTH)][ceil(in / 16)][3]
+ * [WIDTH] words, whose lower half has the bits of features 0, 2, 4 ... 14 and whose upper half of 1, 3, 5 ... 15. Of a half's
+ * eight numbers of 6 bits the first word has, from the lowest bit up, those of 0, 1 and four bits of 2; the second 3, 4 and four
+ * bits of 5; the third 6, 7 and the upper two bits of 2 and of 5.
  */
+#include "kv_format.h"
 #include "linear.h"
 
 enum {
@@ -29,20 +35,25 @@ static const uint32_t MASKS[WORD - 1][16] __attribute__((aligned(64))) = {
 };
 static const float UNITS[WORD] = {1.0f, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1.0f};
 
-/* Where input feature k of a panel begins; of INT4 the first of a word. */
+/* Where input feature k of a panel begins; of INT4 and FP6 the first of a word. */
 INLINE const void *feature(const void *w, int64_t k, int dtype) {
     if (dtype == INT4) return (const char *)w + k * (WIDTH / 2);
-    if (dtype == INT8) return (const char *)w + k * WIDTH;
+    if (dtype == FP6) return (const char *)w + k * (WIDTH * 3 / 4);
+    if (dtype == INT8 || dtype == FP8) return (const char *)w + k * WIDTH;
     return at(w, k * WIDTH, dtype);
 }
 
+/* Input features that are read together. */
+INLINE int step_of(int dtype) { return dtype == FP6 ? 2 * WORD : dtype == INT4 ? WORD : 2; }
+
 INLINE const void *panel_of(const Linear *job, int64_t panel) {
-    int64_t depth = job->w_dtype == INT4 ? (job->in + WORD - 1) / WORD * WORD : job->in;
+    int64_t depth = step_of(job->w_dtype) > 2 ? whole_words(job->in, job->w_dtype) : job->in;
     return feature(job->w, panel * depth, job->w_dtype);
 }
 
 INLINE vf weights(const void *w, int64_t element, int dtype) {
     if (dtype == INT8) return vf_widen8((const int8_t *)w + element);
+    if (dtype == FP8) return e4m3_widen(read_bytes((const char *)w + element));
     return vf_load_as(at(w, element, dtype), dtype);
 }
 
@@ -52,14 +63,39 @@ INLINE vf nibbles(const void *words, int i, const uint32_t (*masks)[16]) {
     return __builtin_convertvector(i < WORD - 1 ? bits & vi_load(masks[i]) : (vi)((vu)bits >> 28), vf);
 }
 
+/* e3m2 in the low 6 bits of each lane -> float32, as kv_format.h widens e4m3. */
+INLINE vf e3m2_widen(vu codes) {
+    const uint32_t least = 0x3e800000u; /* 2^-2 */
+    vu magnitude = (codes & 31u) << 21, tiny = (vu)(magnitude < (1u << 23));
+    vf value = (vf)(magnitude + (124u << 23) + (tiny & (1u << 23))) - (vf)(tiny & least);
+    return (vf)((vu)value | ((codes & 32u) << 26));
+}
+
+/* Input feature i of words of FP6. */
+INLINE vf sixes(const char *words, int i) {
+    const int row = WIDTH * 4, number = i / 2, half = i % 2 * 16, place = number % 3 * 6;
+    vu bits = (vu)vi_load(words + number / 3 * row) >> (half + place);
+    if (number == 2 || number == 5) {
+        vu upper = (vu)vi_load(words + 2 * row) >> (half + (number == 2 ? 8 : 10));
+        bits = (bits & 15u) | (upper & 48u);
+    }
+    return e3m2_widen(bits);
+}
+
+/* VL outputs from the i-th VL of them, of input feature n of those that begin at `here`. */
+INLINE vf weights_of(const Linear *job, const char *here, int i, int n, int dtype) {
+    if (dtype == INT4) return nibbles(here + i * (int64_t)sizeof(vi), n, job->masks);
+    if (dtype == FP6) return sixes(here + i * (int64_t)sizeof(vi), n);
+    return weights(feature(here, n, dtype), i * VL, dtype);
+}
+
 /* Input feature n from `here`, weight by x of up to AT_ONCE rows. */
 INLINE void add_feature(
     int rows, vf sum[AT_ONCE][VECTORS], const Linear *job, const float *x, const char *here, int n, int dtype
 ) {
 #pragma GCC unroll 8
     for (int i = 0; i < VECTORS; i++) {
-        vf weight = dtype == INT4 ? nibbles(here + i * (int64_t)sizeof(vi), n, job->masks)
-                                  : weights(feature(here, n, dtype), i * VL, dtype);
+        vf weight = weights_of(job, here, i, n, dtype);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) sum[r][i] = vf_fma(vf_set1(x[r * job->in + n]), weight, sum[r][i]);
     }
@@ -72,7 +108,7 @@ INLINE void few_rows_block(
     int64_t depth = block->depth;
     const float *x = (const float *)job->x + row * job->in + block->start;
     const char *w = feature(panel_of(job, panel), block->start, dtype);
-    const int step = dtype == INT4 ? WORD : 2;
+    const int step = step_of(dtype);
     vf sum[AT_ONCE][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -84,11 +120,12 @@ INLINE void few_rows_block(
         /* The next panel follows in memory, so what is fetched ahead is always wanted. */
         __builtin_prefetch(here + AHEAD_BYTES * (dtype == FLOAT32 ? 2 : 1));
         __builtin_prefetch(here + AHEAD_BYTES * (dtype == FLOAT32 ? 2 : 1) + 64);
+        for (int line = 2; dtype == FP6 && line < 6; line++) __builtin_prefetch(here + AHEAD_BYTES + line * 64);
         if (dtype == INT4) NOT_BEFORE; /* the masks */
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int n = 0; n < step; n++) add_feature(rows, sum, job, x + k, here, n ^ 1, dtype);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int n = 0; n < step; n++)
         if (k + (n ^ 1) < depth) add_feature(rows, sum, job, x + k, feature(w, k, dtype), n ^ 1, dtype);
     NOT_BEFORE; /* scales and offsets */
@@ -97,8 +134,8 @@ INLINE void few_rows_block(
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
         for (int i = 0; i < VECTORS; i++) {
-            int integers = dtype == INT8 || dtype == INT4;
-            add_sum(total + r * WIDTH + i * VL, sum[r][i], &fold, r, i * VL, integers, dtype == INT4 ? MIDDLE : 0);
+            float *to = total + r * WIDTH + i * VL;
+            add_sum(to, sum[r][i], &fold, r, i * VL, is_scaled(dtype), dtype == INT4 ? MIDDLE : 0);
         }
 }
 
@@ -132,8 +169,7 @@ INLINE void tile(
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
             float *to = total + r * WIDTH + i * VL;
-            int integers = dtype == INT8 || dtype == INT4;
-            add_sum(to, sum[r][i], fold, row + r, column + i * VL, integers, dtype == INT4 ? MIDDLE : 0);
+            add_sum(to, sum[r][i], fold, row + r, column + i * VL, is_scaled(dtype), dtype == INT4 ? MIDDLE : 0);
         }
 }
 
@@ -177,6 +213,8 @@ static void few_rows_chunk(const void *argument, int64_t chunk) {
         else if (job->w_dtype == FLOAT16) few_rows_panel(job, panel, total, FLOAT16);
         else if (job->w_dtype == INT8) few_rows_panel(job, panel, total, INT8);
         else if (job->w_dtype == INT4) few_rows_panel(job, panel, total, INT4);
+        else if (job->w_dtype == FP8) few_rows_panel(job, panel, total, FP8);
+        else if (job->w_dtype == FP6) few_rows_panel(job, panel, total, FP6);
         else few_rows_panel(job, panel, total, FLOAT32);
         finish(job, panel, 0, job->rows, total);
     }
@@ -193,6 +231,16 @@ static const float *widened(const void *w, int64_t depth, float *wide, int dtype
                 for (int n = 0; n < WORD; n++)
                     if (k + n < depth) vf_store(wide + (k + n) * WIDTH + i, nibbles(words, n, MASKS));
             }
+    else if (dtype == FP6)
+        for (int64_t k = 0; k < depth; k += 2 * WORD)
+            for (int64_t i = 0; i < WIDTH; i += VL) {
+                const char *words = (const char *)feature(w, k, FP6) + i * 4;
+#pragma GCC unroll 16
+                for (int n = 0; n < 2 * WORD; n++)
+                    if (k + n < depth) vf_store(wide + (k + n) * WIDTH + i, sixes(words, n));
+            }
+    else if (dtype == FP8)
+        for (int64_t i = 0; i < depth * WIDTH; i += VL) vf_store(wide + i, weights(w, i, FP8));
     else if (dtype == INT8)
         for (int64_t i = 0; i < depth * WIDTH; i += VL) vf_store(wide + i, weights(w, i, INT8));
     else if (dtype == FLOAT16)
@@ -230,23 +278,30 @@ static void product_chunk(const void *argument, int64_t chunk) {
 
 static int64_t prepare_chunks(const Linear *job) { return (job->rows + strip_of(job->in) - 1) / strip_of(job->in); }
 
+/* A row as float32, each group filled up with zeros. */
+INLINE void copy_row(const Linear *job, const void *x, float *copy, v8 units) {
+    int64_t groups = job->in == job->width ? 1 : job->groups, given = job->width / groups, group = job->in / groups;
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t k = 0; k < group; k += 8) {
+            v8 eight = k < given ? read8(x, g * given + k, smaller(given - k, 8), job->x_dtype) : v8_set1(0.0f);
+            write8(copy, g * group + k, smaller(group - k, 8), FLOAT32, eight * units);
+        }
+}
+
 /* What of x is computed before the products: its float32 copy and the sums of its blocks. */
 static void prepare_chunk(const void *argument, int64_t chunk) {
     const Linear *job = argument;
     int64_t strip = strip_of(job->in), end = smaller(job->rows, (chunk + 1) * strip);
     v8 units = job->w_dtype == INT4 ? v8_load(UNITS) : v8_set1(1.0f);
     for (int64_t row = chunk * strip; row < end; row++) {
-        int64_t from = source_row(job, row) * job->in;
-        if (job->sums) sum_blocks(job, at(job->source, from, job->x_dtype), job->x_dtype, job->sums + row * job->blocks);
-        for (int64_t k = 0; job->copy && k < job->in; k += 8) {
-            int64_t n = smaller(job->in - k, 8);
-            write8(job->copy, row * job->in + k, n, FLOAT32, read8(job->source, from + k, n, job->x_dtype) * units);
-        }
+        const void *x = at(job->source, source_row(job, row) * job->width, job->x_dtype);
+        if (job->sums) sum_blocks(job, x, job->x_dtype, job->sums + row * job->blocks);
+        if (job->copy) copy_row(job, x, (float *)job->copy + row * job->in, units);
     }
 }
 
 static int64_t run(Linear *jobs, int64_t count, int64_t threads) {
-    int copied = jobs->x_dtype != FLOAT32 || jobs->w_dtype == INT4 || jobs->pairs;
+    int copied = jobs->x_dtype != FLOAT32 || jobs->w_dtype == INT4 || jobs->pairs || jobs->in != jobs->width;
     int summed = jobs->offset || jobs->w_dtype == INT4;
     if (make_room(jobs, count, copied ? sizeof(float) : 0, summed)) return -1;
     for (int64_t i = 0; i < count; i++) jobs[i].masks = MASKS;

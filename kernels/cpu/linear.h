@@ -4,13 +4,14 @@
  * order; then the bias. Within a block by fused multiply-adds, pair of features by pair, the second of a pair first: the order
  * of AVX-512's dot product of bfloat16 pairs, whose bits are these (measured; but denormals, which it takes for 0).
  *
- * Integers q stand for w = scale * q + offset, of a scale and perhaps an offset for each group of input features and output,
- * packed [ceil(out / WIDTH)][groups][WIDTH]. A block then ends with its group at the latest, and is added as
+ * Integers, or small floats, q stand for w = scale * q + offset, of a scale and perhaps an offset for each group of input
+ * features and output, packed [ceil(out / WIDTH)][groups][WIDTH]. A block then ends with its group at the latest, and is added as
  *
  *     total = fma(sum over the block of x q, scale, total)
  *     total = fma(sum over the block of x, offset, total)
  *
- * The sum of x is made once for each row, in LANES lanes.
+ * The sum of x is made once for each row, in LANES lanes. A group that is no whole number of words is filled up with features
+ * whose x is 0, which changes no sum.
  *
  * A mixture of experts is a job for each expert that has rows: the ops compute a list of jobs, most often of one.
  */
@@ -20,14 +21,12 @@
 #include "simd.h"
 #include "team.h"
 
-enum { INT8 = 2, INT4 = 3 }; /* dtypes of weights alone, beside simd.h's */
-
 enum {
     WIDTH = 32, /* output features of a panel */
     VECTORS = WIDTH / VL,
     BLOCK = 256,        /* input features summed from zero, at most */
     STRIP = 240,        /* rows of a chunk, where there are more than a few */
-    WORD = 8,           /* input features of a word of INT4 */
+    WORD = 8,           /* input features of a word; of FP6 twice as many */
     AHEAD_BYTES = 6144, /* how far ahead of its use a weight is fetched */
     MAX_JOBS = 256,     /* of an op: its experts */
 };
@@ -44,8 +43,8 @@ typedef struct {
     const int32_t *pairs; /* where the rows go in y, and pair / choices comes from in source; NULL = in order */
     int64_t choices;
     const float *factors; /* of the rows of y, before they are rounded, or NULL */
-    int64_t rows, width, in, out, panels;
-    int64_t group, groups, blocks; /* input features of a group; groups and blocks of a row */
+    int64_t rows, width, in, out, panels; /* width, given: as source has them; in, group: filled up */
+    int64_t given, group, groups, blocks; /* input features of a group, twice; groups and blocks of a row */
     int64_t chunks; /* of panels, with few rows */
     int x_dtype, w_dtype, bias_dtype, y_dtype;
     const uint32_t (*masks)[16]; /* of INT4 words, as if they were not known */
@@ -65,16 +64,26 @@ typedef struct {
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+INLINE int is_scaled(int dtype) { return dtype == INT8 || dtype == INT4 || dtype == FP8 || dtype == FP6; }
+
+/* Input features of whole words. */
+INLINE int64_t whole_words(int64_t features, int dtype) {
+    int64_t word = dtype == FP6 ? 2 * WORD : WORD;
+    return (features + word - 1) / word * word;
+}
+
 /* Of the ops' arguments: x, w, scale or NULL, offset or NULL, bias or NULL, y; rows, in, out, input features of a group
  * (without a scale: in); dtypes of x, w, bias and y; threads. */
 INLINE Linear linear_of(const Arg *a) {
     Linear job = {
         .source = a[0].p, .w = a[1].p, .scale = a[2].p, .offset = a[3].p, .bias = a[4].p, .y = a[5].p,
-        .rows = a[6].i, .width = a[7].i, .in = a[7].i, .out = a[8].i, .group = a[9].i,
+        .rows = a[6].i, .width = a[7].i, .out = a[8].i, .given = a[9].i,
         .x_dtype = (int)a[10].i, .w_dtype = (int)a[11].i, .bias_dtype = (int)a[12].i, .y_dtype = (int)a[13].i,
     };
     job.panels = (job.out + WIDTH - 1) / WIDTH;
-    job.groups = job.in / job.group;
+    job.groups = job.width / job.given;
+    job.group = job.groups == 1 ? job.given : whole_words(job.given, job.w_dtype);
+    job.in = job.groups * job.group;
     job.blocks = job.groups * ((job.group + BLOCK - 1) / BLOCK);
     return job;
 }
@@ -182,8 +191,8 @@ INLINE Fold fold_of(const Linear *job, int64_t panel, int64_t row, const Block *
 }
 
 /* Adds the sum of row r and the columns from `column` to their total. middle: what the integers are too large by. */
-INLINE void add_sum(float *total, vf sum, const Fold *fold, int64_t r, int64_t column, int integers, float middle) {
-    if (!integers) {
+INLINE void add_sum(float *total, vf sum, const Fold *fold, int64_t r, int64_t column, int scaled, float middle) {
+    if (!scaled) {
         vf_store(total, fold->first ? sum : vf_load(total) + sum);
         return;
     }
@@ -209,9 +218,11 @@ INLINE void finish(const Linear *job, int64_t panel, int64_t first_row, int64_t 
     }
 }
 
-/* The sums of a row's blocks. x: the row. */
+/* The sums of a row's blocks. x: the row, as it was given. */
 INLINE void sum_blocks(const Linear *job, const void *x, int x_dtype, float *sums) {
-    for (Block block = {0}; next_block(job, &block);) {
+    Linear given = *job;
+    given.in = job->width, given.group = job->given;
+    for (Block block = {0}; next_block(&given, &block);) {
         float lanes[LANES] = {0};
         for (int64_t k = 0; k < block.depth; k += 8) {
             float *lane = lanes + k % LANES;

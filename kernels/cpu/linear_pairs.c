@@ -7,6 +7,8 @@
  *       table says of their bytes gives outputs 0-15 and 16-31.
  * INT4  [ceil(out / WIDTH)][ceil(in / 8)][WIDTH] words, whose lower half holds q + 8 of features 0, 2, 4, 6, from the lowest
  *       bits up, and whose upper half of 1, 3, 5, 7: shifted down, the halves of a word index a table.
+ * FP8   as INT8, with a table of its own.
+ * FP6   as linear.c says; shifted down, the halves of a word index a table.
  *
  * Few rows read the weight as it lies in memory. Of more rows, integers are made bfloat16 a block at a time, and x is laid out
  * as the tiles of rows read it.
@@ -19,34 +21,62 @@ enum {
     FEW = 8, /* rows up to which the weight is read as it lies */
     TILE_ROWS = 12,
     TILES = STRIP / TILE_ROWS,
-    PAIRS = WORD / 2, /* in a word of INT4 */
+    PAIRS = WORD / 2, /* in a word of INT4; of FP6 twice as many */
 };
 
 typedef __m512i Bits;
 
 INLINE Bits bits_load(const void *p) { return _mm512_loadu_si512(p); }
 
-/* What makes integers bfloat16: the lower and upper bytes of 0 to 127; -8 to 7, twice. */
-static uint8_t LOWER[128], UPPER[128];
-static uint16_t NIBBLES[32];
+/* What makes integers and small floats bfloat16: the lower and upper bytes of 0 to 127 and of e4m3 without its sign; -8 to 7,
+ * twice; e3m2. */
+static uint8_t LOWER[128], UPPER[128], FP8_LOWER[128], FP8_UPPER[128];
+static uint16_t NIBBLES[32], SIXES[64];
+
+static uint16_t bfloat16_of(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return (uint16_t)(bits >> 16);
+}
+
+/* The number of an exponent and a mantissa of so many bits. */
+static float small_float(int bits, int mantissa_bits, int bias) {
+    int exponent = bits >> mantissa_bits, mantissa = bits & ((1 << mantissa_bits) - 1);
+    if (exponent) mantissa += 1 << mantissa_bits;
+    return ldexpf((float)mantissa, (exponent ? exponent : 1) - bias - mantissa_bits);
+}
 
 __attribute__((constructor)) static void make_tables(void) {
     for (int i = 0; i < 128; i++) {
-        float integer = (float)i, nibble = (float)(i % 16 - 8);
-        uint32_t bits;
-        memcpy(&bits, &integer, sizeof bits);
-        LOWER[i] = (uint8_t)(bits >> 16), UPPER[i] = (uint8_t)(bits >> 24);
-        memcpy(&bits, &nibble, sizeof bits);
-        NIBBLES[i % 32] = (uint16_t)(bits >> 16);
+        uint16_t integer = bfloat16_of((float)i), e4m3 = bfloat16_of(small_float(i, 3, 7));
+        LOWER[i] = (uint8_t)integer, UPPER[i] = (uint8_t)(integer >> 8);
+        FP8_LOWER[i] = (uint8_t)e4m3, FP8_UPPER[i] = (uint8_t)(e4m3 >> 8);
+        NIBBLES[i % 32] = bfloat16_of((float)(i % 16 - 8));
+        SIXES[i % 64] = bfloat16_of((i & 32 ? -1.0f : 1.0f) * small_float(i & 31, 2, 3));
     }
 }
 
 /* The bytes of a pair of a panel. */
-INLINE int64_t pair_bytes(int dtype) { return dtype == INT4 ? WIDTH : dtype == INT8 ? WIDTH * 2 : WIDTH * 4; }
+INLINE int64_t pair_bytes(int dtype) {
+    return dtype == INT4 ? WIDTH : dtype == FP6 ? WIDTH * 3 / 2 : dtype == BFLOAT16 ? WIDTH * 4 : WIDTH * 2;
+}
+
+/* Pairs that are read together. */
+INLINE int step_of(int dtype) { return dtype == FP6 ? 2 * PAIRS : dtype == INT4 ? PAIRS : 1; }
 
 INLINE const char *panel_of(const Linear *job, int64_t panel) {
-    int64_t pairs = job->w_dtype == INT4 ? (job->in + WORD - 1) / WORD * PAIRS : job->in / 2;
-    return (const char *)job->w + panel * pairs * pair_bytes(job->w_dtype);
+    int64_t features = step_of(job->w_dtype) > 1 ? whole_words(job->in, job->w_dtype) : job->in;
+    return (const char *)job->w + panel * (features / 2) * pair_bytes(job->w_dtype);
+}
+
+/* Number i of each half word that begins at w, in its lowest 6 bits. */
+INLINE Bits sixes(const char *w, int i) {
+    Bits bits = bits_load(w + i / 3 * 128);
+    if (i == 2 || i == 5) {
+        Bits upper = _mm512_srli_epi16(bits_load(w + 256), i == 2 ? 8 : 10);
+        return _mm512_or_si512(_mm512_srli_epi16(bits, 12), _mm512_and_si512(upper, _mm512_set1_epi16(48)));
+    }
+    return i % 3 ? _mm512_srli_epi16(bits, 6) : bits;
 }
 
 /* Pair i of those that begin at w, as bfloat16. */
@@ -55,11 +85,17 @@ INLINE void pair_of(const char *w, int i, Bits pair[2], int dtype) {
         Bits nibbles = bits_load(NIBBLES);
         pair[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bits_load(w), 4 * i), nibbles);
         pair[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bits_load(w + 64), 4 * i), nibbles);
-    } else if (dtype == INT8) {
-        Bits integers = bits_load(w + i * 64), size = _mm512_abs_epi8(integers);
-        Bits lower = _mm512_permutex2var_epi8(bits_load(LOWER), size, bits_load(LOWER + 64));
-        Bits upper = _mm512_permutex2var_epi8(bits_load(UPPER), size, bits_load(UPPER + 64));
-        upper = _mm512_or_si512(upper, _mm512_and_si512(integers, _mm512_set1_epi8((char)0x80)));
+    } else if (dtype == FP6) {
+        Bits low = bits_load(SIXES), high = bits_load(SIXES + 32);
+        pair[0] = _mm512_permutex2var_epi16(low, sixes(w, i), high);
+        pair[1] = _mm512_permutex2var_epi16(low, sixes(w + 64, i), high);
+    } else if (dtype == INT8 || dtype == FP8) {
+        const uint8_t *lowers = dtype == INT8 ? LOWER : FP8_LOWER, *uppers = dtype == INT8 ? UPPER : FP8_UPPER;
+        /* a table is looked up by the lowest 7 bits */
+        Bits bytes = bits_load(w + i * 64), size = dtype == INT8 ? _mm512_abs_epi8(bytes) : bytes;
+        Bits lower = _mm512_permutex2var_epi8(bits_load(lowers), size, bits_load(lowers + 64));
+        Bits upper = _mm512_permutex2var_epi8(bits_load(uppers), size, bits_load(uppers + 64));
+        upper = _mm512_or_si512(upper, _mm512_and_si512(bytes, _mm512_set1_epi8((char)0x80)));
         pair[0] = _mm512_unpacklo_epi8(lower, upper);
         pair[1] = _mm512_unpackhi_epi8(lower, upper);
     } else {
@@ -72,19 +108,19 @@ INLINE void pair_of(const char *w, int i, Bits pair[2], int dtype) {
  * weight is fetched, into the second cache: the first waits for too few lines at once. */
 INLINE void tile(
     int rows, int64_t pairs, const int32_t *x, int64_t row_stride, int64_t pair_stride, const char *w, int64_t ahead,
-    float *total, const Fold *fold, int64_t row, int dtype, int integers
+    float *total, const Fold *fold, int64_t row, int dtype, int scaled
 ) {
-    const int step = dtype == INT4 ? PAIRS : 1;
+    const int step = step_of(dtype);
     vf sum[TILE_ROWS][2];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = vf_set1(0.0f);
     for (int64_t k = 0; k < pairs; k += step) {
         const char *here = w + k * pair_bytes(dtype);
-        __builtin_prefetch(here + ahead, 0, 2);
-        if (dtype != INT8) __builtin_prefetch(here + ahead + 64, 0, 2);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
+        for (int line = 0; line < step * pair_bytes(dtype) / 64; line++) __builtin_prefetch(here + ahead + line * 64, 0, 2);
+#pragma GCC unroll 8
         for (int n = 0; n < step; n++) {
-            if (dtype == INT4 && k + n >= pairs) break;
+            if (step > 1 && k + n >= pairs) break;
             Bits pair[2];
             pair_of(here, n, pair, dtype);
 #pragma GCC unroll 16
@@ -100,7 +136,7 @@ INLINE void tile(
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++)
-            add_sum(total + r * WIDTH + i * VL, sum[r][i], fold, row + r, i * VL, integers, 0);
+            add_sum(total + r * WIDTH + i * VL, sum[r][i], fold, row + r, i * VL, scaled, 0);
 }
 
 /* Up to FEW rows times a panel as it lies. */
@@ -118,9 +154,9 @@ static void few_rows_chunk(const void *argument, int64_t chunk) {
     const Linear *job = argument;
     float total[FEW * WIDTH] __attribute__((aligned(64)));
     for (int64_t panel = first_panel(job, chunk); panel < first_panel(job, chunk + 1); panel++) {
-        switch (job->rows * 4 + job->w_dtype) {
-#define FEW_OF(n, dtype) case n * 4 + dtype: few_rows(n, job, panel, total, dtype); break;
-#define FEW_ROWS(n) FEW_OF(n, BFLOAT16) FEW_OF(n, INT8) FEW_OF(n, INT4)
+        switch (job->rows * 8 + job->w_dtype) {
+#define FEW_OF(n, dtype) case n * 8 + dtype: few_rows(n, job, panel, total, dtype); break;
+#define FEW_ROWS(n) FEW_OF(n, BFLOAT16) FEW_OF(n, INT8) FEW_OF(n, INT4) FEW_OF(n, FP8) FEW_OF(n, FP6)
             FEW_ROWS(1) FEW_ROWS(2) FEW_ROWS(3) FEW_ROWS(4) FEW_ROWS(5) FEW_ROWS(6) FEW_ROWS(7) FEW_ROWS(8)
         }
         finish(job, panel, 0, job->rows, total);
@@ -140,28 +176,32 @@ INLINE Strip strip_at(const Linear *job, int64_t index) {
 /* The first row of a tile, from the strip's. */
 INLINE int64_t tile_start(const Strip *strip, int64_t index) { return index * strip->rows / strip->count; }
 
+INLINE void widen(const char *w, int64_t pairs, char *wide, int dtype) {
+    const int step = step_of(dtype);
+    for (int64_t k = 0; k < pairs; k += step)
+#pragma GCC unroll 8
+        for (int n = 0; n < step; n++) {
+            if (step > 1 && k + n >= pairs) break;
+            Bits pair[2];
+            pair_of(w + k * pair_bytes(dtype), n, pair, dtype);
+            _mm512_store_si512(wide + (k + n) * 128, pair[0]);
+            _mm512_store_si512(wide + (k + n) * 128 + 64, pair[1]);
+        }
+}
+
 /* A block of a panel as bfloat16: `wide`, or where it lies if it is. */
 static const char *widened(const char *w, int64_t pairs, char *wide, int dtype) {
     if (dtype == BFLOAT16) return w;
-    for (int64_t k = 0; k < pairs; k++) {
-        Bits pair[2];
-        if (dtype == INT8) pair_of(w + k * 64, 0, pair, INT8);
-        else {
-            const char *words = w + k / PAIRS * 128;
-            switch (k % PAIRS) {
-#define PAIR_OF(n) case n: pair_of(words, n, pair, INT4); break;
-                PAIR_OF(0) PAIR_OF(1) PAIR_OF(2) PAIR_OF(3)
-            }
-        }
-        _mm512_store_si512(wide + k * 128, pair[0]);
-        _mm512_store_si512(wide + k * 128 + 64, pair[1]);
-    }
+    if (dtype == INT8) widen(w, pairs, wide, INT8);
+    else if (dtype == INT4) widen(w, pairs, wide, INT4);
+    else if (dtype == FP8) widen(w, pairs, wide, FP8);
+    else widen(w, pairs, wide, FP6);
     return wide;
 }
 
 /* The last tile fetches the next block, which follows in memory as the next panel does, and finds its own in the cache. */
 INLINE void strip_block(
-    const Linear *job, const Strip *strip, const Block *block, const char *w, const Fold *fold, float *total, int integers
+    const Linear *job, const Strip *strip, const Block *block, const char *w, const Fold *fold, float *total, int scaled
 ) {
     for (int64_t i = 0; i < strip->count; i++) {
         int64_t ahead = i == 0 ? AHEAD_BYTES : i == strip->count - 1 ? block->depth / 2 * pair_bytes(BFLOAT16) : 0;
@@ -169,7 +209,7 @@ INLINE void strip_block(
         const int32_t *x = (const int32_t *)job->x + (strip->first + row) * (job->in / 2) + rows * (block->start / 2);
         float *to = total + row * WIDTH;
         switch (rows) {
-#define TILE_OF(n) case n: tile(n, block->depth / 2, x, 1, n, w, ahead, to, fold, row, BFLOAT16, integers); break;
+#define TILE_OF(n) case n: tile(n, block->depth / 2, x, 1, n, w, ahead, to, fold, row, BFLOAT16, scaled); break;
             TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6)
             TILE_OF(7) TILE_OF(8) TILE_OF(9) TILE_OF(10) TILE_OF(11) TILE_OF(12)
         }
@@ -211,23 +251,20 @@ static void product_chunk(const void *argument, int64_t chunk) {
     else strip_chunk(job, chunk);
 }
 
-/* The blocks of a row as it was given: without the feature that makes their number even. */
-static void sum_row(const Linear *job, int64_t row) {
-    Linear given = *job;
-    given.in = job->width, given.group = job->groups == 1 ? job->width : job->group;
-    const uint16_t *x = (const uint16_t *)job->source + source_row(job, row) * job->width;
-    sum_blocks(&given, x, BFLOAT16, job->sums + row * job->blocks);
-}
-
 /* Pair k of row first + r goes to to[r * row_stride + k * pair_stride], `to` being where the first of them goes. */
 INLINE void copy_pairs(const Linear *job, int64_t first, int64_t rows, int64_t row_stride, int64_t pair_stride) {
-    int64_t pairs = job->width / 2;
+    int64_t groups = job->in - job->width < 2 ? 1 : job->groups, given = job->width / groups, group = job->in / groups;
     int32_t *to = (int32_t *)job->copy + first * (job->in / 2);
     const uint16_t *x[TILE_ROWS];
     for (int64_t r = 0; r < rows; r++) x[r] = (const uint16_t *)job->source + source_row(job, first + r) * job->width;
-    for (int64_t k = 0; k < pairs; k++)
-        for (int64_t r = 0; r < rows; r++) memcpy(to + r * row_stride + k * pair_stride, x[r] + 2 * k, sizeof *to);
-    for (int64_t r = 0; job->width % 2 && r < rows; r++) to[r * row_stride + pairs * pair_stride] = x[r][2 * pairs]; /* and 0 */
+    for (int64_t g = 0; g < groups; g++, to += group / 2 * pair_stride) {
+        for (int64_t k = 0; k < given / 2; k++)
+            for (int64_t r = 0; r < rows; r++)
+                memcpy(to + r * row_stride + k * pair_stride, x[r] + g * given + 2 * k, sizeof *to);
+        for (int64_t k = given / 2; k < group / 2; k++)
+            for (int64_t r = 0; r < rows; r++)
+                to[r * row_stride + k * pair_stride] = 2 * k < given ? x[r][g * given + 2 * k] : 0; /* and 0 */
+    }
 }
 
 static int64_t prepare_chunks(const Linear *job) {
@@ -248,16 +285,17 @@ static void prepare_chunk(const void *argument, int64_t chunk) {
     } else if (job->copy) {
         copy_pairs(job, 0, rows, job->in / 2, 1);
     }
-    for (int64_t r = 0; job->sums && r < rows; r++) sum_row(job, first + r);
+    for (int64_t row = first; job->sums && row < first + rows; row++) {
+        const uint16_t *x = (const uint16_t *)job->source + source_row(job, row) * job->width;
+        sum_blocks(job, x, BFLOAT16, job->sums + row * job->blocks);
+    }
 }
 
 static int64_t run(Linear *jobs, int64_t count, int64_t threads) {
-    int copied = jobs->width % 2 || jobs->pairs, summed = jobs->offset != NULL;
+    int copied = jobs->pairs != NULL, summed = jobs->offset != NULL;
     for (Linear *job = jobs; job < jobs + count; job++) {
-        copied |= job->rows > FEW;
-        if (!(job->width % 2)) continue;
-        job->in = job->width + 1;
-        if (job->groups == 1) job->group = job->in;
+        if (job->groups == 1) job->in = job->group = job->width + job->width % 2;
+        copied |= job->rows > FEW || job->in != job->width;
     }
     if (make_room(jobs, count, copied ? sizeof(uint16_t) : 0, summed)) return -1;
     cut_panels(jobs, count, threads);

@@ -79,8 +79,8 @@ typedef float v8 __attribute__((vector_size(32)));
 typedef uint32_t u8x32 __attribute__((vector_size(32)));
 typedef uint16_t u8x16 __attribute__((vector_size(16)));
 
-/* What rows of numbers are, as kernels/dtypes.py says; 2 and 3 are integers and bytes, of linear.h and kv_format.h. */
-enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 4 };
+/* What numbers are kept as: rows as kernels/dtypes.py says, and linears' weights and caches as fewer bits, INT4 and below. */
+enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, FLOAT16 = 4, FP8 = 5, FP6 = 6 };
 
 INLINE v8 v8_load(const float *p) { v8 x; memcpy(&x, p, sizeof x); return x; }
 INLINE void v8_store(float *p, v8 x) { memcpy(p, &x, sizeof x); }

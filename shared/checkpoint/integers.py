@@ -14,7 +14,7 @@ from typing import Literal, TypeGuard
 import torch
 from torch import Tensor
 
-from kernels.quantization import WORD, Integers, Quantization
+from kernels.quantization import Integers, Quantization
 from shared.checkpoint.contract import CheckpointError
 
 Parameter = Tensor | Integers
@@ -23,6 +23,7 @@ _FORMS: dict[Form, tuple[Literal[8, 6, 4], bool]] = {8: (8, False), 4: (4, False
 SCALE, OFFSET = ".scale", ".offset"  # after the name of the integers
 # DeepSpeed keeps with the scales of the rows those of two halves, for a split; the integers were not rounded by them.
 _SCALE_SETS = (1, 3)
+_LEAST_GROUP = 8  # of fewer, the scales would be half as many bytes as the weight that was quantized, or more
 
 
 def serves(integers: Integers, wanted: Quantization) -> bool:
@@ -132,7 +133,8 @@ def _are_of(values: Tensor, form: Form) -> bool:
 def taken(sources: Sequence[Integers], pieces: Sequence[tuple[int, int, int]], dim: int) -> Integers | None:
     """Rows (dim 0) or columns (dim 1) of integers put together, without rounding anything.
 
-    pieces: (which source, first row or column, how many). None where they have no common form that an op computes.
+    pieces: (which source, first row or column, how many). None where they have no common form, or one with a scale for
+    every few columns.
     """
     first = sources[0]
     kinds = {(source.bits, source.floating, source.offset is None) for source in sources}
@@ -156,7 +158,7 @@ def taken(sources: Sequence[Integers], pieces: Sequence[tuple[int, int, int]], d
         if scale is not None and all(source.scale.shape[1] == 1 for source in sources) and _is_one(scale, offset):
             # the parts of a row that has one scale
             scale, offset = scale[:, :1], None if offset is None else offset[:, :1]
-        elif group % WORD:
+        elif group < _LEAST_GROUP:
             return None
     assert scale is not None
     offset = None if offset is None else offset.contiguous()

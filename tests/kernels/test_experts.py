@@ -34,6 +34,8 @@ HOW = (
     Quantization(8, 8, symmetric=False),
     Quantization(4, 24),
     Quantization(4, symmetric=False),
+    Quantization(8, 12, floating=True),
+    Quantization(6, floating=True),
 )
 
 

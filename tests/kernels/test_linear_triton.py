@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -126,6 +128,22 @@ def test_bits_that_may_depend_on_others_are_left_to_cublas(device: str, rows: in
     assert torch.equal(linear(x, quantized, own_bits=False), linear(x, quantized))
 
 
+@pytest.mark.parametrize("group", [12, 15, 1])
+@pytest.mark.parametrize(
+    "kind",
+    [Quantization(8, symmetric=False), Quantization(4, symmetric=False), Quantization(6, floating=True)],
+    ids=lambda kind: kind.form,
+)
+def test_groups_of_any_divisor(device: str, kind: Quantization, group: int) -> None:
+    weight, bias = make(33, 180, torch.bfloat16, device)
+    packed = LinearWeight(weight, bias, replace(kind, group=group))
+    x = torch.randn(18, 180).to(device, torch.bfloat16)
+    y = linear(x, packed, out=torch.empty(18, 33, device=device))
+    exact = linear_reference(x.double(), multiplied(weight, packed), bias.double())
+    assert (y - exact).abs().amax() < 4e-6 * (1 + exact.abs().amax())
+    assert torch.equal(linear(x[:2], packed), y[:2].bfloat16())
+
+
 @FORMS
 def test_a_weight_comes_back_from_its_tensors(device: str, how: Quantization | None) -> None:
     weight, bias = make(20, 96, torch.bfloat16, device)
@@ -146,7 +164,7 @@ def test_integers_of_a_file_are_taken_as_they_are(device: str) -> None:
 
 
 @pytest.mark.parametrize(("bits", "greatest"), [(8, 448.0), (6, 28.0)])
-def test_small_floats_are_the_nearest_there_are(interpreter: None, bits: int, greatest: float) -> None:
+def test_small_floats_are_the_nearest_there_are(device: str, bits: int, greatest: float) -> None:
     how = Quantization(bits, floating=True)  # pyright: ignore[reportArgumentType]
     numbers = floats_of(torch.arange(2 ** (bits - 1) - (bits == 8)).to(torch.int8), how.form)
     assert numbers[-1] == greatest
@@ -175,8 +193,6 @@ def test_the_probe_passes(device: str) -> None:
 
 def test_broken_contracts_are_refused() -> None:
     weight = torch.randn(8, 64)
-    with pytest.raises(ValueError, match="fp8 is CUDA's alone"):
-        LinearWeight(weight, None, Quantization(8, floating=True))
     with pytest.raises(ValueError, match="int8 with dynamic activations is CUDA's alone"):
         LinearWeight(weight, None, Quantization(8, dynamic=True))
     with pytest.raises(ValueError, match="bits must be 8 or 6 of a float"):
