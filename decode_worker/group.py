@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Literal
 
-from torch import Tensor
-
 from shared.logprobs import TokenLogprobs
 from shared.rpc import RpcError
 from shared.sampling import Sampled
 from shared.sequence import Sequence
+from shared.sequence_state import SequenceState
 from shared.token_request import TokenRequest
 
 
@@ -116,7 +115,7 @@ class Member:
     sequence: Sequence
     order: int = 0
     spare: list[int] = field(default_factory=list)
-    saved: Tensor | None = None
+    saved: SequenceState | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property

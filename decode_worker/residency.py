@@ -10,9 +10,9 @@ from __future__ import annotations
 from bisect import insort
 
 from decode_worker.group import Member
-from decode_worker.swap_space import SwapSpace
 from shared.block_pool import BlockPool
 from shared.engine import Engine
+from shared.swap_space import SwapSpace
 
 
 class Residency:
@@ -104,8 +104,7 @@ class Residency:
         sequence = member.sequence
         self.running.remove(member)
         if self._swap is not None and sequence.num_computed:
-            computed = -(-sequence.num_computed // self._pool.block_tokens)
-            member.saved = self._swap.save(sequence.blocks[:computed])
+            member.saved = self._swap.save(sequence.blocks, sequence.num_computed)
         self._free(member, cache=True)
         if member.saved is None:
             sequence.num_computed = 0

@@ -32,7 +32,6 @@ from decode_worker.group import (
     spares_needed,
 )
 from decode_worker.residency import Residency
-from decode_worker.swap_space import SwapSpace
 from shared.block_pool import BlockPool
 from shared.cores import Cores
 from shared.engine import Engine
@@ -41,6 +40,7 @@ from shared.rpc import RpcError, exhausted, internal, stale
 from shared.sampling_params import finish_reason
 from shared.sequence import Sequence
 from shared.step import Launched, Outcome, Part, launch_step, run_step
+from shared.swap_space import SwapSpace
 from shared.token_budget import Demand, share_budget
 
 RETRY_AFTER_S = 0.5

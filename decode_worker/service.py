@@ -12,11 +12,11 @@ from tandem.v1 import decode_pb2, decode_pb2_grpc, worker_pb2
 
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.stream import DecodeStream
-from decode_worker.swap_space import SwapSpace
 from shared.block_pool import BlockPool
 from shared.engine import Engine
 from shared.engine_thread import EngineThread
 from shared.rpc import handler
+from shared.swap_space import SwapSpace
 from shared.transport.importer import Importer
 from shared.transport.target import target_of
 from shared.worker import Site

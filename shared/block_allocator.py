@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class OutOfBlocks(Exception):
+class OutOfBlocks(ValueError):
     """More blocks were asked for than can be had; nothing was changed."""
 
     def __init__(self, needed: int, free: int) -> None:

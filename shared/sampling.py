@@ -49,6 +49,20 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     return sampled
 
 
+def sample_each(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | InvalidLogits]:
+    """The same, where rows without a distribution fail alone: the others are sampled again, to the same bits."""
+    try:
+        return [*sample(logits, rows)]
+    except InvalidLogits as error:
+        results: list[Sampled | InvalidLogits] = [error] * len(rows)
+        kept = [i for i in range(len(rows)) if i not in error.rows]
+        if kept:
+            again = sample_each(logits[torch.tensor(kept, device=logits.device)], [rows[i] for i in kept])
+            for i, sampled in zip(kept, again, strict=True):
+                results[i] = sampled
+        return results
+
+
 def _select_rows(logits: Tensor, indices: Sequence[int]) -> Tensor:
     """The named rows, ascending; without a copy where they are consecutive."""
     if indices[-1] - indices[0] + 1 == len(indices):

@@ -13,7 +13,7 @@ from torch import Tensor
 from shared.engine import Engine
 from shared.logprobs import InvalidLogits, TokenLogprobs, prompt_logprobs
 from shared.penalties import SampleRow
-from shared.sampling import Sampled, sample
+from shared.sampling import Sampled, sample_each
 from shared.sequence import Sequence
 
 
@@ -129,17 +129,13 @@ def _report_prompt(logits: Tensor, sequence: Sequence, outcome: Outcome) -> None
 
 
 def _sample(logits: Tensor, rows: list[int], samples: list[SampleRow], owners: list[Outcome]) -> None:
-    """One call for all rows. Rows without a distribution fail alone: the others are sampled again, to the same bits."""
-    while rows:
-        plain = len(rows) == len(logits) and rows == list(range(len(rows)))
-        try:
-            sampled = sample(logits if plain else logits[torch.tensor(rows)], samples)
-        except InvalidLogits as error:
-            for row in error.rows:
-                owners[row].error = error
-            kept = [i for i in range(len(rows)) if i not in error.rows]
-            rows, samples, owners = [rows[i] for i in kept], [samples[i] for i in kept], [owners[i] for i in kept]
-            continue
-        for owner, token in zip(owners, sampled, strict=True):
-            owner.sampled.append(token)
+    """One call for all rows."""
+    if not rows:
         return
+    plain = len(rows) == len(logits) and rows == list(range(len(rows)))
+    chosen = logits if plain else logits[torch.tensor(rows)]
+    for owner, sampled in zip(owners, sample_each(chosen, samples), strict=True):
+        if isinstance(sampled, InvalidLogits):
+            owner.error = sampled
+        else:
+            owner.sampled.append(sampled)

@@ -11,10 +11,10 @@ import pytest
 
 from decode_worker.group import Ended, Event, Failed, Group, NewTokens, Reserved
 from decode_worker.scheduler import DecodeScheduler
-from decode_worker.swap_space import SwapSpace
 from kernels.kv_format import GREATEST
 from shared.block_pool import BlockPool
 from shared.engine import Engine
+from shared.swap_space import SwapSpace
 from tests.ahead import AheadEngine
 from tests.engines import tiny_engine, token_request
 from tests.workers import Request, sampling
