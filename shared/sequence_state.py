@@ -119,7 +119,7 @@ class SequenceState:
             torch.tensor(blocks, dtype=torch.int32, device=device),
             0,
             self.num_tokens,
-            first_head=kv.layout.first_kv_head - self.layout.first_kv_head,
+            source_head=kv.layout.first_kv_head - self.layout.first_kv_head,
         )
 
     def _planes(self) -> Tensor:

@@ -31,6 +31,7 @@ from shared.engine.ragged_model import RaggedModel
 from shared.engine.ragged_sequences import RaggedSequences, TrackedSequence
 from shared.engine.scheduling_result import SchedulingError, SchedulingResult
 from shared.kv_cache import KvLayout
+from shared.models.quantization import QuantizationPlan
 from shared.models.weights import ModelWeights
 from shared.sequence_state import SequenceState
 from shared.swap_space import SwapSpace
@@ -58,18 +59,19 @@ class RaggedEngine:
         """model: a model of transformers in memory, a folder, a name of the store, a GGUF file, or what `serialize`
         wrote. config: None, a dict, the path of a JSON file or a RaggedEngineConfig; kwargs: its fields.
 
-        dtype: float32, bfloat16 or float16; default: the model's own. kv_dtype: what keys and values are kept as, int8
-        and fp8 too; default: dtype. block_tokens: in a KV block, a power of two. device: cpu or cuda; default: cuda
-        where there is one. Raises ValueError for options that cannot be, "Unsupported model type …" and "Insufficient
-        memory to allocate KV-caches …"; ModelError, CheckpointError for files.
+        dtype: float32, bfloat16 or float16; default: the model's own, float16 with wf6af16. kv_dtype: what keys and
+        values are kept as, int8 and fp8 too; default: dtype. block_tokens: in a KV block, a power of two. device: cpu
+        or cuda; default: cuda where there is one. Raises ValueError for options that cannot be, "Unsupported model
+        type …" and "Insufficient memory to allocate KV-caches …"; ModelError, CheckpointError for files.
         """
         self.config = RaggedEngineConfig.of(config, **kwargs)
         limits = self._limits = self.config.state_manager
         _check_options(self.config, block_tokens)
+        if dtype is None and self.config.quantization.quantization_mode is not None:
+            dtype = torch.float16  # the af16 of wf6af16
         self._model = RaggedModel.of(model, None if dtype is None else _dtype(dtype))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        plan = _plan(self._model, limits.max_ragged_batch_size, limits.max_context, kv_dtype, block_tokens, device)
-        plan = replace(plan, max_running=min(limits.max_ragged_sequence_count, _REPLAYED))
+        plan = _plan(self._model, self.config, kv_dtype, block_tokens, device)
         self._weights: ModelWeights | None = self._model.load(plan)
         blocks = num_blocks(plan.layout, limits, plan.max_context, free_memory(device))
         self.plan = replace(plan, num_blocks=blocks)
@@ -264,8 +266,6 @@ class RaggedEngine:
 def _check_options(config: RaggedEngineConfig, block_tokens: int) -> None:
     if config.tensor_parallel.tp_size > 1:
         raise ValueError(f"tensor_parallel.tp_size: {config.tensor_parallel.tp_size}, and 1 is what there is so far")
-    if config.quantization.quantization_mode is not None:
-        raise ValueError(f"quantization.quantization_mode: {config.quantization.quantization_mode} is not done yet")
     if block_tokens < 1 or block_tokens & (block_tokens - 1):
         raise ValueError(f"block_tokens: {block_tokens} is not a power of two; use 16, 32, 64 or 128")
 
@@ -288,21 +288,22 @@ def _check_lengths(uids: Sequence[int], lengths: Sequence[int]) -> None:
 
 
 def _plan(
-    model: RaggedModel, batch_tokens: int, max_context: int, kv_dtype: str | None, block_tokens: int, device: str
+    model: RaggedModel, config: RaggedEngineConfig, kv_dtype: str | None, block_tokens: int, device: str
 ) -> EnginePlan:
     """But for the number of blocks, which the memory decides that the weights leave."""
-    name = str(model.dtype).removeprefix("torch.")
+    limits, mode = config.state_manager, config.quantization.quantization_mode
+    dtype = str(model.dtype).removeprefix("torch.")
     return EnginePlan(
         files=model.files,
         architecture=model.architecture,
-        dtype=name,
-        layout=KvLayout.of(model.architecture, model.digest, kv_dtype or name, block_tokens),
-        quantization="none",
+        dtype=dtype,
+        layout=KvLayout.of(model.architecture, model.digest_as(mode), kv_dtype or dtype, block_tokens),
+        quantization=QuantizationPlan.of_ragged(mode),
         device=device,
         num_blocks=0,
-        max_context=min(max_context, model.architecture.max_context),
-        batch_tokens=batch_tokens,
-        max_running=_REPLAYED,
+        max_context=min(limits.max_context, model.architecture.max_context),
+        batch_tokens=limits.max_ragged_batch_size,
+        max_running=min(limits.max_ragged_sequence_count, _REPLAYED),
         num_threads=torch.get_num_threads() or len(os.sched_getaffinity(0)),
         deterministic=True,
         enable_cuda_graph=True,

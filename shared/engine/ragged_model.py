@@ -112,6 +112,12 @@ class RaggedModel:
 
         return cls(fields, architecture, str(about.get("digest")), own, load)
 
+    def digest_as(self, quantization_mode: str | None) -> str:
+        """Of what is computed with: quantized weights are other weights, and their KV is other KV."""
+        if quantization_mode is None:
+            return self.digest
+        return sha256(f"{self.digest} {quantization_mode}".encode()).hexdigest()
+
     def save(self, folder: Path, plan: EnginePlan, weights: ModelWeights) -> None:
         """Writes what `of` reads. Nothing in it is code."""
         folder.mkdir(parents=True, exist_ok=True)
