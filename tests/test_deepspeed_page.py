@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from tandem.v1.types_pb2 import SamplingParams
 
 import shared.config
-from shared.config import InferenceConfig, modules
+from shared.config import InferenceConfig, TandemConfig, modules
 from shared.config.inference import ONE_WAY_SO_FAR
 from shared.config.options import Options
+from shared.engine.modules import registry
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs/deepspeed.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs/deepspeed.md").read_text()
 STATES = {"works", "works better", "refused", "next"}
 CLASSES = (
     "InferenceConfig",
@@ -28,6 +33,23 @@ CLASSES = (
     "EmbeddingsConfig",
     "UnembedConfig",
 )
+
+# what MII's classes have
+MII = {
+    "ModelConfig": (
+        "model_name_or_path tokenizer task tensor_parallel quantization_mode inference_engine_config torch_dist_port "
+        "zmq_port_number replica_num replica_configs device_map max_length sync_debug profile_model_time"
+    ),
+    "ReplicaConfig": "hostname tensor_parallel_ports torch_dist_port zmq_port gpu_indices",
+    "MIIConfig": (
+        "deployment_name deployment_type model_conf port_number enable_restful_api restful_api_host restful_api_port "
+        "restful_processes hostfile version instance_type"
+    ),
+    "GenerateParamsConfig": (
+        "prompt_length max_length max_new_tokens min_new_tokens stream ignore_eos return_full_text do_sample top_p "
+        "top_k temperature stop"
+    ),
+}
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -111,3 +133,39 @@ def test_every_row_is_in_a_state_and_tells_what_it_has_to():
             assert how or state in ("works", "next"), f"{heading}: {cells[0]}: {state}, and the row does not say how"
             seen += 1
     assert seen > 150
+
+
+@pytest.mark.parametrize("name", MII)
+def test_every_option_of_mii_has_its_row_and_what_it_is_here_exists(name: str):
+    found = rows(f"### `{name}`")
+    assert sorted(word for cells in found for word in re.findall(r"`(\w+)`", cells[0])) == sorted(MII[name].split())
+    here = [word for cells in found for word in re.findall(r"`([\w.]+)`", cells[1])]
+    assert here
+    if name == "GenerateParamsConfig":
+        assert set(here) <= set(SamplingParams.DESCRIPTOR.fields_by_name)
+    else:
+        for key in here:
+            section, _, field = key.rpartition(".")
+            of: Any = TandemConfig.model_fields[section].annotation if section else TandemConfig
+            assert field in of.model_fields, f"{key} is no setting"
+
+
+def test_what_the_page_names_exists():
+    files = set(re.findall(r"`([\w.-]+/[\w./-]+\.\w+)`", PAGE))
+    assert len(files) > 15
+    assert not [path for path in sorted(files) if not (ROOT / path).is_file()]
+    imports = [
+        (module, name.strip())
+        for module, names in re.findall(r"`from (shared[\w.]*) import ([\w, ]+)`", PAGE)
+        for name in names.split(",")
+    ]
+    assert imports
+    assert not [f"{module}.{name}" for module, name in imports if not hasattr(import_module(module), name)]
+    dotted = re.findall(r"`(shared(?:\.\w+)+)`", PAGE)
+    assert not [name for name in dotted if find_spec(name) is None]
+
+
+def test_names_of_modules_are_those_of_the_registry():
+    [[_, state, how]] = [cells for cells in rows("### Registry") if cells[0].startswith("`ConfigBundle(")]
+    assert state == "works"
+    assert set(re.findall(r"`(\w+)`", how)) == set(registry._MODULES)
