@@ -73,7 +73,7 @@ class Model:
                     max_tokens=MAX_TOKENS,
                     model_dim=a.hidden_size,
                     intermediate_features=a.experts.intermediate_size,
-                    n_experts=a.experts.count,
+                    n_experts=a.experts.counts[0],
                     top_k=a.experts.per_token,
                     input_dtype=dtype,
                     output_dtype=dtype,
