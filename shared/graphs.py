@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels.cpu.library import Replay, record
-from shared.batch import BatchEntry, RaggedBatch
+from shared.batch import BatchEntry, RaggedBatch, build_batch
 from shared.penalties import SampleRow
 from shared.step_inputs import PADDING, StepInputs, step_batch
 from shared.workspace import Workspace
@@ -44,6 +44,23 @@ class GraphRunner(Protocol):
 # step but one is begun. The third argument: of each entry the row of the step begun before whose token it starts with,
 # -1 = its own. None: one of the rows is left to the sampler, and nothing was begun.
 Launch = Callable[[Sequence[BatchEntry], Sequence[SampleRow], Sequence[int]], Callable[[], list[int]] | None]
+
+
+class EagerRunner:
+    """Runs op by op: what ranks exchange between two ops is none that a replay would repeat."""
+
+    def __init__(self, forward: Callable[[RaggedBatch], Tensor], *, max_sequences: int, block_tokens: int) -> None:
+        self._forward, self._block_tokens = forward, block_tokens
+        self.max_sequences = max_sequences
+
+    def capture(self) -> None:
+        """There is nothing to make ready."""
+
+    def run(self, entries: Sequence[BatchEntry]) -> Tensor:
+        return self._forward(build_batch(entries, self._block_tokens))
+
+    def step(self, entries: Sequence[BatchEntry], rows: Sequence[SampleRow]) -> tuple[list[int | None], Tensor]:
+        return [None] * len(rows), self.run(entries)
 
 
 class ReplayRunner:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.kv_format import KvFormat, KvPlanes
 from shared.models.architecture import Architecture
+from shared.parallel.sharding import Shard, head_shares
 
 # Raised whenever the bytes of a block come to mean something else.
 CONTRACT_VERSION = 2
@@ -40,15 +41,26 @@ class KvLayout:
         _ = self.format
 
     @classmethod
-    def of(cls, architecture: Architecture, model_digest: str, dtype: str, block_tokens: int) -> "KvLayout":
-        """The layout of a model's cache."""
+    def of(
+        cls,
+        architecture: Architecture,
+        model_digest: str,
+        dtype: str,
+        block_tokens: int,
+        shard: Shard | None = None,
+    ) -> "KvLayout":
+        """The layout of a model's cache, or of what a shard's rank has of it. ValueError for one that cannot be cut."""
+        kv_heads = range(architecture.num_kv_heads)
+        if shard is not None:
+            kv_heads = head_shares(architecture.num_heads, len(kv_heads), shard.size)[shard.rank].kv_heads
         return cls(
             model_digest=model_digest,
             dtype=dtype,
             num_layers=architecture.num_layers,
-            num_kv_heads=architecture.num_kv_heads,
+            num_kv_heads=len(kv_heads),
             head_dim=architecture.head_dim,
             block_tokens=block_tokens,
+            first_kv_head=kv_heads.start,
         )
 
     @classmethod

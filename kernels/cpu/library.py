@@ -88,6 +88,11 @@ def record() -> Iterator[Replay]:
         _recorder.calls = None
 
 
+def is_recording() -> bool:
+    """Whether ops that this thread calls are written down, and do not run."""
+    return getattr(_recorder, "calls", None) is not None
+
+
 def _word(argument: float | None) -> int:
     if type(argument) is int:
         return argument

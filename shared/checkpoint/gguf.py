@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.quantization import Integers
 from shared.checkpoint.contract import CheckpointError
+from shared.checkpoint.slices import rows_of
 from shared.gguf_header import GgufError, GgufTensor, read_gguf_header
 
 # GGUF's names and Hugging Face's, for the families served.
@@ -72,43 +73,79 @@ class GgufCheckpoint:
         return torch.from_numpy(self._ordered(name, self._dequantised(tensor).reshape(tensor.shape)))
 
     def integers(self, name: str) -> Integers | None:
+        return self.integer_rows(name, 0, self._tensors[name].shape[0])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        tensor = self._tensors[name]
+        if dim == 0 and self._are_blocks(name, start, stop):
+            values = self._dequantised(tensor, start, stop).reshape(-1, tensor.shape[1])
+            return torch.from_numpy(self._ordered(name, values))
+        return self.tensor(name).narrow(dim, start, stop - start)
+
+    def integer_rows(self, name: str, start: int, stop: int) -> Integers | None:
         tensor = self._tensors[name]
         read = _BLOCKS.get(tensor.type_id)
         if read is None or len(tensor.shape) != 2 or tensor.shape[1] % _BLOCK:
             return None
-        bits, values, scale, offset = read(self._blocks(tensor, *_block_size(tensor)))
+        if not self._are_blocks(name, start, stop):
+            whole = self.integers(name)
+            return None if whole is None else rows_of(whole, start, stop)
+        bits, values, scale, offset = read(self._blocks(tensor, *_block_size(tensor), start, stop))
 
         def rows(part: np.ndarray) -> Tensor:
-            return torch.from_numpy(self._ordered(name, part.reshape(tensor.shape[0], -1)))
+            return torch.from_numpy(self._ordered(name, part.reshape(stop - start, -1)))
 
         return Integers(bits, rows(values), rows(scale), None if offset is None else rows(offset))
 
-    def _ordered(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Rows in Hugging Face's order."""
-        for projection, num_heads in self._heads.items():
-            if f".{projection}." in name:
-                pairs = rows.reshape(num_heads, len(rows) // num_heads // 2, 2, -1)
-                rows = pairs.swapaxes(1, 2).reshape(rows.shape)
-        return rows
+    def _are_blocks(self, name: str, start: int, stop: int) -> bool:
+        """Whether rows lie in blocks of their own, and are all of some heads where the order within heads differs."""
+        tensor = self._tensors[name]
+        heads = self._head_rows(name)
+        if len(tensor.shape) != 2 or start % heads or stop % heads:
+            return False
+        return tensor.shape[1] % _block_size(tensor)[0] == 0
 
-    def _blocks(self, tensor: GgufTensor, elements_per_block: int, bytes_per_block: int) -> np.ndarray:
-        """The bytes of a tensor's blocks, [blocks, bytes of a block]. CheckpointError if the file ends before them."""
+    def _head_rows(self, name: str) -> int:
+        """Rows of a head; 1 where rows are in Hugging Face's order."""
+        heads = next((heads for projection, heads in self._heads.items() if f".{projection}." in name), None)
+        return 1 if heads is None else self._tensors[name].shape[0] // heads
+
+    def _ordered(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Rows of whole heads in Hugging Face's order."""
+        head_rows = self._head_rows(name)
+        if head_rows == 1:
+            return rows
+        return rows.reshape(-1, head_rows // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+    def _blocks(
+        self, tensor: GgufTensor, elements_per_block: int, bytes_per_block: int, start: int = 0, stop: int | None = None
+    ) -> np.ndarray:
+        """The bytes of a tensor's blocks, or of those of some rows, [blocks, bytes of a block].
+
+        CheckpointError if the file ends before them.
+        """
         num_bytes = tensor.num_elements // elements_per_block * bytes_per_block
         raw = self._data[tensor.offset : tensor.offset + num_bytes]
         if raw.nbytes < num_bytes:
             raise CheckpointError(
                 f"{tensor.name} lies beyond the end of the GGUF file, which is cut short: {self._path}"
             )
-        return raw.reshape(-1, bytes_per_block)
+        blocks = raw.reshape(-1, bytes_per_block)
+        per_row = 1 if stop is None else tensor.shape[1] // elements_per_block
+        return blocks[start * per_row : None if stop is None else stop * per_row]
 
-    def _dequantised(self, tensor: GgufTensor) -> np.ndarray:
+    def _dequantised(self, tensor: GgufTensor, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The values of all rows, or of some."""
         from gguf import GGMLQuantizationType, dequantize
 
         elements_per_block, bytes_per_block = _block_size(tensor)
-        blocks = self._blocks(tensor, elements_per_block, bytes_per_block)
+        blocks = self._blocks(tensor, elements_per_block, bytes_per_block, start, stop)
         # The package works on 16 rows at a time, which is slow; blocks do not care which row they are in.
         step = max(1, _DEQUANTISE_ELEMENTS // elements_per_block)
-        values = np.empty(tensor.num_elements, dtype=np.float32)
+        values = np.empty(len(blocks) * elements_per_block, dtype=np.float32)
         for start in range(0, len(blocks), step):
             try:
                 part = dequantize(blocks[start : start + step].reshape(1, -1), GGMLQuantizationType(tensor.type_id))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.quantization import Integers
 from shared.checkpoint.contract import Checkpoint, CheckpointError, place_of
+from shared.checkpoint.slices import integer_rows_of, part_of, shape_of
 
 
 class JoinedCheckpoint:
@@ -36,6 +37,15 @@ class JoinedCheckpoint:
 
     def integers(self, name: str) -> Integers | None:
         return self._owner[name].integers(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return shape_of(self._owner[name], name)
+
+    def part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        return part_of(self._owner[name], name, dim, [range(start, stop)])
+
+    def integer_rows(self, name: str, start: int, stop: int) -> Integers | None:
+        return integer_rows_of(self._owner[name], name, [range(start, stop)])
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:

@@ -57,8 +57,28 @@ class SafetensorsCheckpoint:
         parts = {part: self._stored(part) for part in {name} | part_names({name: form}) if part in self._shard_of}
         return of_parts(name, parts, form, self.file_of(name))
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        if name in self._forms and dim:
+            return self.tensor(name).narrow(dim, start, stop - start)
+        if (rows := self.integer_rows(name, start, stop)) is not None:
+            return rows.dequantize()
+        return self._slice(name)[(slice(None),) * dim + (slice(start, stop),)]
+
+    def integer_rows(self, name: str, start: int, stop: int) -> Integers | None:
+        form = self._forms.get(name)
+        if form is None:
+            return None
+        names = ({name} | part_names({name: form})) & self._shard_of.keys()
+        return of_parts(name, {part: self._slice(part)[start:stop] for part in names}, form, self.file_of(name))
+
     def _stored(self, name: str) -> Tensor:
         return self._shard_of[name][1].get_tensor(name)
+
+    def _slice(self, name: str) -> Any:
+        return self._shard_of[name][1].get_slice(name)
 
 
 def check_index(index: Path, checkpoint: SafetensorsCheckpoint) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.quantization import Integers
 from shared.checkpoint.contract import CheckpointError, UnsupportedCheckpointError
 from shared.checkpoint.integers import Parameter, is_pair, of_pair
+from shared.checkpoint.slices import rows_of
 
 _WRAPPINGS = ("module", "model")
 
@@ -39,6 +40,20 @@ class StateDictCheckpoint:
     def integers(self, name: str) -> Integers | None:
         parameter = self._parameters[name]
         return parameter if isinstance(parameter, Integers) else None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        parameter = self._parameters[name]
+        return tuple((parameter.values if isinstance(parameter, Integers) else parameter).shape)
+
+    def part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        parameter = self._parameters[name]
+        if isinstance(parameter, Integers) and dim == 0:
+            return rows_of(parameter, start, stop).dequantize()
+        return self.tensor(name).narrow(dim, start, stop - start)
+
+    def integer_rows(self, name: str, start: int, stop: int) -> Integers | None:
+        integers = self.integers(name)
+        return None if integers is None else rows_of(integers, start, stop)
 
 
 def is_wrapped(loaded: object) -> bool:

@@ -21,11 +21,14 @@ from kernels.sampling import How, draw
 from shared.batch import NULL_BLOCK, BatchEntry, RaggedBatch, build_batch
 from shared.checkpoint import open_checkpoint
 from shared.engine.plan import EnginePlan
-from shared.graphs import GraphRunner, Launch, ReplayRunner
+from shared.graphs import EagerRunner, GraphRunner, Launch, ReplayRunner
 from shared.kv_cache import KvCache
 from shared.models.decoder import Decoder
+from shared.models.ranks import Ranks
 from shared.models.weights import ModelWeights, load_weights, packing_of
 from shared.packed_weights import MIN_BYTES, share_packed
+from shared.parallel.group import Group
+from shared.parallel.partition import Partition
 from shared.penalties import SampleRow
 from shared.workspace import Workspace
 
@@ -47,17 +50,31 @@ class Memory(Protocol):
 class Engine:
     """A loaded model and its pool. One thread at a time; `forward` writes only to the blocks that its entries name."""
 
-    def __init__(self, plan: EnginePlan, memory: Memory | None = None, *, weights: ModelWeights | None = None) -> None:
+    def __init__(
+        self,
+        plan: EnginePlan,
+        memory: Memory | None = None,
+        *,
+        weights: ModelWeights | None = None,
+        group: Group | None = None,
+    ) -> None:
         """memory: where the pool lies, on the plan's device; default: memory of its own.
 
-        weights: on the plan's device; default: those of the plan's files. Raises CheckpointError.
+        weights: on the plan's device, of the plan's shard; default: those of the plan's files. group: of a plan with a
+        shard, the ranks that compute the model. Every rank makes the same calls of `warm_up`, `forward`, `step` and
+        `grow`, with entries that are equal, and gets the same logits; each has its own key-value heads in its pool.
+        Raises CheckpointError, and ValueError for a group that is not the shard's.
         """
         self.plan = plan
+        ranks = _ranks_of(plan, group)
+        self._is_alone = ranks is None
         self.use_thread()
         tensor = None if memory is None else memory.tensor
         self.kv = KvCache(plan.layout, plan.num_blocks, memory=tensor, device=plan.device)
         self._memory = memory
-        self._decoder = Decoder(plan.architecture, weights or load_plan(plan), deterministic=plan.deterministic)
+        self._decoder = Decoder(
+            plan.architecture, weights or load_plan(plan), deterministic=plan.deterministic, ranks=ranks
+        )
         self._is_observed = False
         self._in_triton = in_triton("the engine", self.kv.pool)
         self._runner = self._make_runner()
@@ -161,6 +178,8 @@ class Engine:
 
     def _make_runner(self) -> GraphRunner:
         plan, block_tokens = self.plan, self.plan.layout.block_tokens
+        if not self._is_alone:
+            return EagerRunner(self._run, max_sequences=plan.max_running, block_tokens=block_tokens)
         table_width = -(-plan.max_context // block_tokens)
         if not self._in_triton:
             return ReplayRunner(
@@ -185,6 +204,14 @@ class Engine:
         return logits
 
 
+def _ranks_of(plan: EnginePlan, group: Group | None) -> Ranks | None:
+    if plan.shard is None or group is None:
+        if plan.shard is not None or (group is not None and group.size > 1):
+            raise ValueError("group: a plan with a shard has one, and a plan without has none")
+        return None
+    return Ranks(group, Partition(plan.architecture, plan.shard))
+
+
 def load_plan(plan: EnginePlan) -> ModelWeights:
     """The weights of a plan's files, on a CPU mapped from what the workers of this host share, made on first use.
 
@@ -195,15 +222,20 @@ def load_plan(plan: EnginePlan) -> ModelWeights:
     def load() -> ModelWeights:
         checkpoint = open_checkpoint(plan.model_files, allow_pickle=plan.allow_pickle)
         return load_weights(
-            plan.architecture, checkpoint, dtype=dtype, device=plan.device, quantization=plan.quantization
+            plan.architecture,
+            checkpoint,
+            dtype=dtype,
+            device=plan.device,
+            quantization=plan.quantization,
+            shard=plan.shard,
         )
 
     num_bytes = sum(path.stat().st_size for path in plan.model_files.weights.paths)
     if num_bytes < MIN_BYTES or plan.device != "cpu":
         weights = load()
     else:
-        parts = (plan.layout.model_digest, plan.dtype, packing_of(plan.quantization, dtype))
+        parts = (plan.layout.model_digest, plan.dtype, packing_of(plan.quantization, dtype), repr(plan.shard))
         tensors = share_packed(parts, lambda: load().tensors())
-        weights = ModelWeights.from_tensors(plan.architecture, tensors)
+        weights = ModelWeights.from_tensors(plan.architecture, tensors, shard=plan.shard)
     weights.probe()
     return weights

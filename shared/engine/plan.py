@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -13,6 +13,8 @@ from shared.kv_cache import KvLayout
 from shared.model_files import ModelFiles, read_json
 from shared.models.architecture import Architecture
 from shared.models.quantization import QuantizationPlan, quantizable
+from shared.parallel.partition import Partition
+from shared.parallel.sharding import Shard
 from shared.policies.policy import UnsupportedModelError
 from shared.policies.table import policy_for
 from shared.pooling import Pooling
@@ -38,12 +40,26 @@ class EnginePlan:
     eos_token_ids: tuple[int, ...]
     allow_pickle: bool
     pooling: Pooling | None = None  # of a model that embeds; it has no pool but the null block
+    shard: Shard | None = None  # of the model, which the layout is of too; None: all of it
 
     @classmethod
-    def of(cls, config: TandemConfig, section: PrefillConfig | DecodeConfig, files: ModelFiles) -> EnginePlan:
-        """section: of the role. Raises ModelError for a model that cannot be served, ConfigError for limits."""
+    def of(
+        cls,
+        config: TandemConfig,
+        section: PrefillConfig | DecodeConfig,
+        files: ModelFiles,
+        shard: Shard | None = None,
+    ) -> EnginePlan:
+        """section: of the role. shard: of the rank that this plan is for; all ranks' plans are alike but for it.
+
+        Raises ModelError for a model that cannot be served, ConfigError for limits, ValueError naming what of a model
+        cannot be cut for so many ranks.
+        """
         policy = policy_for(files.config)
         architecture = policy.architecture(files.config)
+        if shard is not None:
+            shard = replace(shard, splits_inputs=not config.deterministic)
+            Partition(architecture, shard)
         pooling = Pooling.load(files.folder) if policy.kind == "encoder" else None
         if pooling is not None:
             _check_embeds(architecture, section)
@@ -52,6 +68,7 @@ class EnginePlan:
             files.digest_as(config.weights_form),
             config.kv_dtype_of(section),
             config.block_tokens_of(section),
+            shard,
         )
         own = pooling.max_tokens if pooling and pooling.max_tokens else architecture.max_context
         max_context = config.max_context or min(own, architecture.max_context)
@@ -82,6 +99,7 @@ class EnginePlan:
             eos_token_ids=_eos_token_ids(files),
             allow_pickle=config.allow_pickle,
             pooling=pooling,
+            shard=shard,
         )
 
     @property

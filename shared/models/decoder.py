@@ -13,13 +13,14 @@ from torch import Tensor
 
 from kernels.attention import paged_attention
 from kernels.cpu.library import record
-from kernels.embedding import embed
 from kernels.head_norm import head_norm
 from kernels.rope import rope_and_cache
 from kernels.scale import scale
 from shared.batch import NULL_BLOCK, BatchEntry, RaggedBatch, build_batch
 from shared.kv_cache import KvCache
 from shared.models.architecture import Architecture
+from shared.models.embedding import embedded
+from shared.models.ranks import Ranks
 from shared.models.rope import cos_sin_table
 from shared.models.transformer import Take, Transformer
 from shared.models.weights import LayerWeights, ModelWeights, Norm
@@ -29,22 +30,37 @@ from shared.workspace import Workspace
 class Decoder:
     """A loaded model. Not for two threads at once."""
 
-    def __init__(self, architecture: Architecture, weights: ModelWeights, *, deterministic: bool = True) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: ModelWeights,
+        *,
+        deterministic: bool = True,
+        ranks: Ranks | None = None,
+    ) -> None:
         """It computes in the weights' dtype, where they lie.
 
         deterministic: a token's bits are its own, whatever is beside it; on a CPU they always are.
+        ranks: that have the model together: the weights, and the cache of each forward, are this one's part of them,
+        and all ranks run the same forwards. architecture is the whole model's.
         """
         self.architecture = architecture
+        # what this process has of the heads
+        self._own = ranks.own if ranks else architecture
+        self._ranks = ranks
         self.dtype, device = weights.embedding.dtype, weights.embedding.device
         self._weights = weights
-        self._layers = Transformer(architecture, weights, deterministic=deterministic)
+        self._layers = Transformer(architecture, weights, deterministic=deterministic, ranks=ranks)
         ropes = dict.fromkeys(architecture.ropes)
         tables = {rope: cos_sin_table(rope, architecture.max_context).to(device) for rope in ropes}
         self._cos_sin = [tables[rope] for rope in architecture.ropes]
-        slopes = architecture.alibi_slopes
+        slopes = self._own.alibi_slopes
         self._slopes = torch.tensor(slopes, dtype=torch.float32, device=device) if slopes else None
         # as the model's own code rounds it
         self._embedding_scale = float(torch.tensor(architecture.embedding_scale, dtype=self.dtype))
+        self._projections: Tensor | None = None
+        if ranks and architecture.qk_norm and not architecture.qk_norm.per_head:
+            self._projections = ranks.whole_projections(device)
         self._workspace = Workspace(device)
 
     @torch.inference_mode()
@@ -70,7 +86,7 @@ class Decoder:
         if not rows:
             return logits
         assert self._weights.lm_head is not None
-        self._layers.linear(x, self._weights.lm_head, logits)
+        self._layers.whole_linear(x, self._weights.lm_head, "tokens", take, logits)
         if a.logit_scale != 1.0 or a.logit_cap is not None:
             scale(logits, a.logit_scale, soft_cap=a.logit_cap, out=logits)
         return logits
@@ -93,15 +109,15 @@ class Decoder:
         self._layers.after_layer = after_layer
 
     def _embedded(self, batch: RaggedBatch, take: Take) -> Tensor:
-        a, weights = self.architecture, self._weights
-        stream = embed(
-            weights.embedding,
+        weights = self._weights
+        stream = embedded(
+            weights,
             batch.token_ids,
             scale=self._embedding_scale,
             positions=None if weights.positions is None else batch.positions,
-            position_table=weights.positions,
-            offset=a.position_offset,
-            out=take("stream", batch.num_tokens, a.hidden_size),
+            offset=self.architecture.position_offset,
+            ranks=self._ranks,
+            take=take,
         )
         if weights.embedding_norm is None:
             return stream
@@ -111,14 +127,16 @@ class Decoder:
         self, x: Tensor, layer: LayerWeights, index: int, batch: RaggedBatch, kv: KvCache, take: Take
     ) -> Tensor:
         """Normed hidden states [tokens, hidden] → attended values [tokens, heads * head_dim]."""
-        a, rows = self.architecture, batch.num_tokens
+        a, rows = self._own, batch.num_tokens
         cache = kv.layer(index)
         qkv = self._layers.linear(x, layer.qkv, take("qkv", rows, a.qkv_size))
         if a.qkv_clip is not None:
             scale(qkv, clip=a.qkv_clip, out=qkv)
         # RMSNorm of each head by a weight that all share is the rope op's own
         fused = a.qk_norm is not None and a.qk_norm.per_head and a.qk_norm.shared and a.qk_norm.kind == "rms"
-        if not fused:
+        if self._projections is not None:
+            self._norm_projections(qkv, layer, self._projections, take)
+        elif not fused:
             self._norm_heads(qkv, layer.q_norm, 0, a.num_heads)
             self._norm_heads(qkv, layer.k_norm, a.num_heads * a.head_dim, a.num_kv_heads)
         rope = a.ropes[index]
@@ -158,6 +176,21 @@ class Decoder:
         count, width = (heads, self.architecture.head_dim) if how.per_head else (1, heads * self.architecture.head_dim)
         eps = self.architecture.norm_eps
         head_norm(qkv, norm.weight, norm.bias, eps, kind=how.kind, first=first, num_heads=count, width=width)
+
+    def _norm_projections(self, qkv: Tensor, layer: LayerWeights, places: Tensor, take: Take) -> None:
+        """In place: a norm over all of a projection, whose heads lie on the ranks."""
+        assert self._ranks
+        a, own, d, rows = self.architecture, self._ranks.partition.heads[self._ranks.rank], self._own.head_dim, len(qkv)
+        everything = self._ranks.gather(qkv, "qkv", take("all_columns", rows, self._ranks.width("qkv")))
+        whole = torch.index_select(everything, 1, places, out=take("projections", rows, len(places)))
+        keys = a.num_heads * d
+        self._norm_heads(whole, layer.q_norm, 0, a.num_heads)
+        self._norm_heads(whole, layer.k_norm, keys, a.num_kv_heads)
+        own_queries = len(own.queries) * d
+        qkv[:, :own_queries] = whole[:, own.queries.start * d : own.queries.stop * d]
+        qkv[:, own_queries : own_queries + len(own.kv_heads) * d] = whole[
+            :, keys + own.kv_heads.start * d : keys + own.kv_heads.stop * d
+        ]
 
     def close(self) -> None:
         """Lets go of the weights."""

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kernels.add import add
 from kernels.attention import paged_attention
-from kernels.embedding import embed
 from kernels.gather import gather
 from kernels.kv_format import KvPlanes
 from shared.models.architecture import Architecture
+from shared.models.embedding import embedded
+from shared.models.ranks import Ranks
 from shared.models.transformer import Take, Transformer
 from shared.models.weights import LayerWeights, ModelWeights
 from shared.workspace import Workspace
@@ -23,12 +24,20 @@ from shared.workspace import Workspace
 class Encoder:
     """A loaded model. Not for two threads at once."""
 
-    def __init__(self, architecture: Architecture, weights: ModelWeights, *, deterministic: bool = True) -> None:
-        """It computes in the weights' dtype, where they lie."""
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: ModelWeights,
+        *,
+        deterministic: bool = True,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """It computes in the weights' dtype, where they lie. ranks: as a Decoder's."""
         self.architecture = architecture
+        self._own, self._ranks = ranks.own if ranks else architecture, ranks
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
         self._weights = weights
-        self._layers = Transformer(architecture, weights, deterministic=deterministic)
+        self._layers = Transformer(architecture, weights, deterministic=deterministic, ranks=ranks)
         self._workspace = Workspace(self.device)
 
     @torch.inference_mode()
@@ -56,16 +65,15 @@ class Encoder:
             positions = torch.arange(len(token_ids), dtype=torch.int32, device=token_ids.device) - starts
         if weights.token_types is not None and token_types is None:
             token_types = torch.zeros_like(token_ids)
-        stream = embed(
-            weights.embedding,
+        stream = embedded(
+            weights,
             token_ids,
             scale=a.embedding_scale,
             positions=None if weights.positions is None else positions.int(),
-            position_table=weights.positions,
             offset=a.position_offset,
             token_types=token_types if weights.token_types is not None else None,
-            type_table=weights.token_types,
-            out=take("stream", len(token_ids), a.hidden_size),
+            ranks=self._ranks,
+            take=take,
         )
         return self._through_layers(stream, cu_seqlens, context_lens, max_seqlen, take)
 
@@ -79,11 +87,11 @@ class Encoder:
         images, size, count = len(pixels), a.patches.size, a.patches.count
         cut = pixels.to(self.dtype).unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5)
         patches = cut.reshape(images * count, a.patches.values)
-        embedded = self._layers.linear(patches, weights.patches, take("patches", len(patches), a.hidden_size))
+        projected = self._layers.linear(patches, weights.patches, take("patches", len(patches), a.hidden_size))
         tokens = take("stream", images * (1 + count), a.hidden_size)
         by_image = tokens.view(images, 1 + count, a.hidden_size)
         by_image[:, 0] = weights.embedding[0]
-        by_image[:, 1:] = embedded.view(images, count, a.hidden_size)
+        by_image[:, 1:] = projected.view(images, count, a.hidden_size)
         position = torch.arange(1 + count, device=self.device).repeat(images)
         add(gather(weights.positions, position, out=take.like("positions", tokens)), tokens, out=tokens)
         cu_seqlens = torch.arange(0, len(tokens) + 1, 1 + count, dtype=torch.int32, device=self.device)
@@ -93,7 +101,7 @@ class Encoder:
         self, stream: Tensor, cu_seqlens: Tensor, context_lens: Tensor | None, max_seqlen: int | None, take: Take
     ) -> Tensor:
         """The same from embeddings [tokens, hidden] on, which are overwritten."""
-        a = self.architecture
+        a = self._own
         if self._weights.embedding_norm is not None:
             stream = self._layers.norm(stream, self._weights.embedding_norm, take.like("normed_stream", stream))
         if context_lens is None:

@@ -22,6 +22,7 @@ from kernels.moe import combine, grouped_linear, route, routing_size, top_k_gati
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.scale import scale
 from shared.models.architecture import Architecture
+from shared.models.ranks import Columns, Ranks
 from shared.models.weights import LayerWeights, ModelWeights, Norm
 from shared.workspace import Workspace
 
@@ -46,8 +47,17 @@ class Take:
 class Transformer:
     """The layers of a loaded model. Each op gives a row the same bits whatever rows are beside it."""
 
-    def __init__(self, architecture: Architecture, weights: ModelWeights, *, deterministic: bool = True) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: ModelWeights,
+        *,
+        deterministic: bool = True,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """ranks: that have the model together, of which the weights are this one's part."""
         self.architecture, self._layers, self._deterministic = architecture, weights.layers, deterministic
+        self.ranks = ranks
         self._is_post = architecture.norm_order == "post"
         self._carries_norm = self._is_post or architecture.stream_of_norm
         self._norms = self._norms_in_order(weights)
@@ -70,8 +80,8 @@ class Transformer:
                 run.keep(wanted)
                 if not len(wanted):
                     return run.x
-            rows = attended.shape[0]
-            output = self.linear(attended, layer.output, take("output", rows, self.architecture.hidden_size))
+            output = take("output", attended.shape[0], self.architecture.hidden_size)
+            output = self._last_linear("output", attended, "queries", layer.output, take, output)
             output = self._closed(output, layer.attention_output_norm, take)
             if self.architecture.parallel:
                 read = run.also(layer.mlp_norm)
@@ -87,6 +97,25 @@ class Transformer:
 
     def linear(self, x: Tensor, weight: LinearWeight, out: Tensor) -> Tensor:
         return linear(x, weight, out=out, own_bits=self._deterministic)
+
+    def whole_linear(self, x: Tensor, weight: LinearWeight, columns: Columns, take: Take, out: Tensor) -> Tensor:
+        """A linear whose outputs may lie on the ranks -> out, with all of them."""
+        if self.ranks is None:
+            return self.linear(x, weight, out)
+        own = self.linear(x, weight, take("own_columns", x.shape[0], weight.out_features, out.dtype))
+        return self.ranks.gather(own, columns, out)
+
+    def _last_linear(
+        self, module: str, x: Tensor, columns: Columns, weight: LinearWeight, take: Take, out: Tensor
+    ) -> Tensor:
+        """A sub-layer's last: of x this rank has its columns, and out is whole on all of them."""
+        ranks, rows = self.ranks, x.shape[0]
+        if ranks is None:
+            return self.linear(x, weight, out)
+        if ranks.splits_inputs(module, weight):
+            return ranks.add(self.linear(x, weight, take("partial", rows, out.shape[1], torch.float32)), out)
+        whole = ranks.gather(x, columns, take("all_columns", rows, ranks.width(columns)))
+        return self.whole_linear(whole, weight, "hidden", take, out)
 
     def norm(self, x: Tensor, norm: Norm, out: Tensor) -> Tensor:
         if self.architecture.norm == "rms":
@@ -116,8 +145,8 @@ class Transformer:
             return self._experts(x, layer, take, output)
         assert layer.up
         assert layer.down
-        up = self.linear(x, layer.up, take("up", rows, a.up_size))
-        return self.linear(self._activated(up, take, "activated"), layer.down, output)
+        up = self.linear(x, layer.up, take("up", rows, layer.up.out_features))
+        return self._last_linear("down", self._activated(up, take, "activated"), "mlp", layer.down, take, output)
 
     def _activated(self, up: Tensor, take: Take, name: str) -> Tensor:
         a = self.architecture
@@ -157,7 +186,8 @@ class Transformer:
         rows = x.shape[0]
         up = self.linear(x, layer.shared_up, take("shared_up", rows, layer.shared_up.out_features))
         activated = self._activated(up, take, "shared_activated")
-        shared = self.linear(activated, layer.shared_down, take("shared_down", rows, x.shape[1]))
+        shared = take("shared_down", rows, x.shape[1])
+        shared = self._last_linear("shared_down", activated, "shared_mlp", layer.shared_down, take, shared)
         return shared, self.linear(x, layer.shared_gate, take("shared_gate", rows, layer.shared_gate.out_features))
 
 

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from kernels.experts import ExpertWeights
-from kernels.linear import LinearWeight, packing, probe_row_invariance
+from kernels.linear import LinearWeight, linear, packing, probe_row_invariance
 from kernels.quantization import Integers, Quantization
 from shared.checkpoint import Checkpoint, CheckpointError, check_names, place_of
 from shared.checkpoint.integers import serves
+from shared.checkpoint.slices import integer_rows_of, joined_rows, part_of, shape_of, shared_out
 from shared.models.architecture import Architecture
 from shared.models.quantization import QuantizationPlan
 from shared.models.shapes import EXPERTS, LINEARS, Shapes, layer_shapes, model_shapes, modules_of
+from shared.parallel.partition import Partition, Slice, grouped_qkv_rows, whole_heads
+from shared.parallel.sharding import Shard
 from shared.policies.names import Source, choose
 from shared.policies.policy import Policy
 from shared.policies.table import POLICIES
@@ -120,9 +123,12 @@ class ModelWeights:
         return tensors
 
     @classmethod
-    def from_tensors(cls, architecture: Architecture, tensors: Mapping[str, Tensor]) -> ModelWeights:
-        """What gave these tensors, over the same memory."""
+    def from_tensors(
+        cls, architecture: Architecture, tensors: Mapping[str, Tensor], *, shard: Shard | None = None
+    ) -> ModelWeights:
+        """What gave these tensors, over the same memory. shard: as they were loaded."""
         dtype = tensors["embedding"].dtype
+        partition = shard and Partition(architecture, shard)
 
         def part(name: str, module: str, shapes: Shapes) -> Part:
             if module in _TABLES:
@@ -133,6 +139,9 @@ class ModelWeights:
             found = {field: tensors.get(f"{name}.{field}") for field in kind.FIELDS}
             stored = {field: tensor for field, tensor in found.items() if tensor is not None}
             shape = shapes.get(f"{module}.weight", shapes.get("embedding", ()))
+            if partition is not None:
+                own = partition.slice_of(f"{module}.weight", is_plain="scale" not in stored)
+                shape = shape if own is None else own.shape(shape)
             return kind.from_tensors(stored, shape, dtype)
 
         return assemble(architecture, part)
@@ -165,15 +174,21 @@ def load_weights(
     device: torch.device | str,
     quantization: QuantizationPlan | None = None,
     policy: Policy | None = None,
+    shard: Shard | None = None,
 ) -> ModelWeights:
     """Reads parameter by parameter, so that at most one is held raw and packed at once.
 
-    quantization: default, none of them. policy: whose names the checkpoint has; default: the family's.
+    quantization: default, none of them. policy: whose names the checkpoint has; default: the family's. shard: reads
+    what that rank has of the model (shared/parallel/partition.py), and no more of the checkpoint; default: all of it.
+
     Raises CheckpointError naming parameters that are missing, unexpected or of another shape than the config says, and
-    ValueError naming a weight that cannot be cut into the groups it should have.
+    ValueError naming a weight that cannot be cut into the groups it should have, or what of a model cannot be cut for
+    so many ranks.
     """
     policy = policy or POLICIES[architecture.family]
-    return _Loader(architecture, policy, checkpoint, dtype, device, quantization or QuantizationPlan()).load()
+    partition = shard and Partition(architecture, shard)
+    plan = quantization or QuantizationPlan()
+    return _Loader(architecture, policy, checkpoint, dtype, device, plan, partition).load()
 
 
 class _Loader:
@@ -185,9 +200,11 @@ class _Loader:
         dtype: torch.dtype,
         device: torch.device | str,
         quantization: QuantizationPlan,
+        partition: Partition | None,
     ) -> None:
         self.architecture, self.policy, self.checkpoint = architecture, policy, checkpoint
         self.dtype, self.device, self.quantization = dtype, device, quantization
+        self.partition = partition
         self.present = checkpoint.names()
         base = policy.base + "."
         self.base = "" if any(name.startswith(base) for name in self.present) else base
@@ -245,9 +262,8 @@ class _Loader:
         return Norm(weight + offset if offset else weight, bias)
 
     def _linear(self, name: str, module: str, layer: int, shapes: Shapes) -> LinearWeight:
-        bias_name = f"{module}.bias"
-        bias = self._tensor(bias_name, layer, shapes[bias_name]) if bias_name in shapes else None
         if module == "lm_head":
+            bias = self._bias(module, layer, shapes, is_plain=True)
             # A tied embedding stays as it is for lookups, which read a row of it and not all. The integers of a file
             # would bring scales for each block: an eighth more to read for each token, and no better.
             tied = self.architecture.tie_embeddings
@@ -256,10 +272,21 @@ class _Loader:
             return LinearWeight(weight, bias, self.quantization.of(name, weight.shape[1]))
         shape = shapes[f"{module}.weight"]
         how = self.quantization.of(name, shape[1]) if module in LINEARS else None
+        bias = self._bias(module, layer, shapes, is_plain=how is None)
         integers = None if how is None else self._integers(f"{module}.weight", layer, shape, how)
         if how is not None and integers is not None:
             return LinearWeight.of_integers(integers, bias, self.dtype, dynamic=how.dynamic)
-        return LinearWeight(self._tensor(f"{module}.weight", layer, shape), bias, how)
+        weight = self._tensor(f"{module}.weight", layer, shape, is_plain=how is None)
+        return LinearWeight(weight, bias, how)
+
+    def _bias(self, module: str, layer: int, shapes: Shapes, *, is_plain: bool) -> Tensor | None:
+        """Of outputs that are sums over the ranks one rank alone adds it."""
+        name = f"{module}.bias"
+        if name not in shapes:
+            return None
+        if self.partition and self.partition.splits_inputs(module, is_plain=is_plain) and self.partition.shard.rank:
+            return None
+        return self._tensor(name, layer, shapes[name], is_plain=is_plain)
 
     def _experts(self, name: str, module: str, layer: int, shapes: Shapes) -> ExpertWeights:
         shape = shapes[f"{module}.weight"]
@@ -280,57 +307,102 @@ class _Loader:
     def _integers(self, ours: str, layer: int, shape: tuple[int, ...], how: Quantization) -> Integers | None:
         """The file's own, where all parts have them, of that form and made alike."""
         source = self._source(ours).at(layer)
-        parts = [part for name in source.names if (part := self.checkpoint.integers(name)) is not None]
-        if source.how != "rows" or len(parts) < len(source.names):
+        own = self._slice(ours, is_plain=False)
+        if source.how != "rows":
             return None
-        if any(part.quantization != parts[0].quantization for part in parts):
+        if own is None:
+            found = [self.checkpoint.integers(name) for name in source.names]
+        else:
+            lengths = self._lengths(source, [shape_of(self.checkpoint, name) for name in source.names], shape)
+            shares = shared_out(own.ranges, lengths)
+            found = [integer_rows_of(self.checkpoint, source.names[which], rows) for which, rows in shares]
+        parts = [part for part in found if part is not None]
+        if len(parts) < len(found) or any(part.quantization != parts[0].quantization for part in parts):
             return None
         if not serves(parts[0], how) or any(part.values.shape[1] != parts[0].values.shape[1] for part in parts):
             return None
-        offsets = [part.offset for part in parts if part.offset is not None]
-        joined = Integers(
-            parts[0].bits,
-            torch.cat([part.values for part in parts]).to(self.device),
-            torch.cat([part.scale for part in parts]).to(self.device),
-            torch.cat(offsets).to(self.device) if offsets else None,
-            parts[0].floating,
-        )
-        self._check_shape(source.names, joined.values.shape, shape)
-        return joined
+        joined = joined_rows(parts)
+        self._check_shape(source.names, joined.values.shape, shape if own is None else own.shape(shape))
+        offset = None if joined.offset is None else joined.offset.to(self.device)
+        return replace(joined, values=joined.values.to(self.device), scale=joined.scale.to(self.device), offset=offset)
 
-    def _tensor(self, ours: str, layer: int, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        return self._built(self._source(ours).at(layer, heads=self._heads(ours)), shape, dtype)
+    def _tensor(
+        self,
+        ours: str,
+        layer: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        *,
+        is_plain: bool = True,
+    ) -> Tensor:
+        source = self._source(ours).at(layer, heads=self._heads(ours))
+        return self._built(source, shape, dtype, self._slice(ours, is_plain=is_plain))
+
+    def _slice(self, ours: str, *, is_plain: bool) -> Slice | None:
+        return self.partition.slice_of(ours, is_plain=is_plain) if self.partition else None
 
     def _heads(self, ours: str) -> int:
         """Of those that a norm of each head is for."""
         return self.architecture.num_heads if ours.startswith("q_") else self.architecture.num_kv_heads
 
-    def _built(self, source: Source, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """As the source says, in the model's dtype or another."""
+    def _built(
+        self, source: Source, shape: tuple[int, ...], dtype: torch.dtype | None = None, own: Slice | None = None
+    ) -> Tensor:
+        """As the source says, in the model's dtype or another; of `shape` all, or this rank's own."""
         if source.how == "ones":
-            return torch.ones(shape, dtype=dtype or self.dtype, device=self.device)
-        tensors = [self.checkpoint.tensor(name) for name in source.names]
+            return torch.ones(own.shape(shape) if own else shape, dtype=dtype or self.dtype, device=self.device)
         if source.how in ("product", "lifted"):
-            table, projection = (tensor.to(self.device, torch.float32) for tensor in tensors)
-            joined = self._placed(table @ (projection.T if source.how == "product" else projection), dtype)
+            return self._product(source, shape, dtype, own)
+        if source.how == "shaped":
+            [name] = source.names
+            whole = self.checkpoint.tensor(name)
+            if whole.numel() != math.prod(shape):
+                self._check_shape(source.names, whole.shape, shape)
+            return self._placed(whole.reshape(shape), dtype).contiguous()
+        is_turned = source.how == "columns" and len(shape) == 2
+        if own is None:
+            tensors = [self.checkpoint.tensor(name) for name in source.names]
+            self._lengths(source, [tuple(tensor.shape) for tensor in tensors], shape)
+            parts = [self._placed(tensor, dtype) for tensor in tensors]
+            if source.how == "grouped":
+                ranges = grouped_qkv_rows(self.architecture, whole_heads(self.architecture))
+                parts = [parts[0][one.start : one.stop] for one in ranges]
         else:
-            placed = [self._placed(tensor, dtype) for tensor in tensors]
-            if source.how == "columns":
-                placed = [tensor.T if tensor.dim() == 2 else tensor for tensor in placed]
-            joined = placed[0] if len(placed) == 1 else torch.cat(placed)
-            if source.how == "shaped" and joined.numel() == math.prod(shape):
-                joined = joined.reshape(shape)
-        self._check_shape(source.names, joined.shape, shape)
-        return (self._ungrouped(joined) if source.how == "grouped" else joined).contiguous()
+            parts = [self._placed(part, dtype) for part in self._own_parts(source, shape, own, is_turned)]
+        if is_turned:
+            parts = [part.T for part in parts]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
+
+    def _own_parts(self, source: Source, shape: tuple[int, ...], own: Slice, is_turned: bool) -> Iterator[Tensor]:
+        """This rank's part of each tensor of a source that has one."""
+        lengths = self._lengths(source, [shape_of(self.checkpoint, name) for name in source.names], shape)
+        ranges, dim = own.ranges, 1 - own.dim if is_turned else own.dim
+        if source.how == "grouped" and self.partition:
+            ranges = grouped_qkv_rows(self.architecture, self.partition.heads[self.partition.shard.rank])
+        pieces = shared_out(ranges, lengths) if own.dim == 0 else ((which, ranges) for which in range(len(lengths)))
+        for which, rows in pieces:
+            yield part_of(self.checkpoint, source.names[which], dim, rows)
+
+    def _product(self, source: Source, shape: tuple[int, ...], dtype: torch.dtype | None, own: Slice | None) -> Tensor:
+        """Of a table [vocab, width] and a projection; a row has the same bits in any part of the table."""
+        table, projection = source.names
+        rows, width = shape_of(self.checkpoint, table)
+        factor = self.checkpoint.tensor(projection).to(self.device, torch.float32)
+        factor = (factor if source.how == "product" else factor.T).contiguous()
+        self._check_shape(source.names, (rows, len(factor)) if width == factor.shape[1] else (rows, width), shape)
+        part = part_of(self.checkpoint, table, 0, own.ranges if own else [range(rows)])
+        return self._placed(linear(part.to(self.device, torch.float32).contiguous(), LinearWeight(factor)), dtype)
+
+    def _lengths(self, source: Source, shapes: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> list[int]:
+        """How many of our outputs each tensor of a source has. CheckpointError unless they make up `shape`."""
+        if source.how == "columns":
+            shapes = [one[::-1] for one in shapes]
+        odd = next((one for one in shapes if not one or one[1:] != shape[1:]), None)
+        self._check_shape(source.names, (sum(one[0] for one in shapes), *shape[1:]) if odd is None else odd, shape)
+        return [one[0] for one in shapes]
 
     def _placed(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return tensor.to(device=self.device, dtype=dtype or self.dtype)
-
-    def _ungrouped(self, fused: Tensor) -> Tensor:
-        """Rows by key-value head, its queries, key and value -> all queries, all keys, all values."""
-        a = self.architecture
-        groups = fused.view(a.num_kv_heads, a.num_heads // a.num_kv_heads + 2, a.head_dim, *fused.shape[1:])
-        return torch.cat([part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])])
 
     def _check_shape(self, names: Sequence[str], shape: Sequence[int], expected: tuple[int, ...]) -> None:
         if tuple(shape) != expected:

@@ -57,6 +57,8 @@ class Group:
             raise ValueError(
                 f"out must be contiguous {x.dtype} [{rows}, {sum(widths)}], got {out.dtype} {list(out.shape)}"
             )
+        if not out.numel():
+            return out
         # messages are of one size, and of bytes: gloo does not know all dtypes
         widest, itemsize = max(widths), x.element_size()
         num_bytes = rows * widest * itemsize

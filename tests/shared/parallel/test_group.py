@@ -45,6 +45,8 @@ def check_all(group: Group) -> None:
                 assert group.gather(own, widths, out) is out
                 assert same_bytes(out, whole)
 
+    assert group.gather(torch.zeros(0, 4), [4] * group.size).shape == (0, 4 * group.size)
+
     for dtype in (torch.float32, torch.bfloat16):
         for rows, width in ((1, 3), (4, 11)):
             # signed zeros and NaN are bits like others
