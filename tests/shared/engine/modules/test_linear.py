@@ -64,7 +64,16 @@ def test_float32_results_of_narrow_inputs_are_not_rounded_before(activation: str
     assert_near(got, activated(x.double() @ weight.double().T, activation), "float32")
 
 
-@pytest.mark.parametrize("quantization", [Quantization(8), Quantization(4, 32, symmetric=False)], ids=["int8", "int4"])
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        Quantization(8),
+        Quantization(4, 32, symmetric=False),
+        Quantization(8, floating=True),
+        Quantization(6, floating=True),
+    ],
+    ids=["int8", "int4", "fp8", "fp6"],
+)
 def test_a_quantized_weight_is_multiplied_as_what_it_stands_for(quantization: Quantization) -> None:
     module = Linear(config(64, 24, "siglu"), quantization=quantization)
     x = torch.randn(9, 64)
