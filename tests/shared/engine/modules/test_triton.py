@@ -1,4 +1,4 @@
-"""The modules on Triton's kernels, interpreted: a layer of them against what C computes of the same."""
+"""The modules on Triton's kernels: a layer of them against what C computes of the same."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ WIDTH, DTYPE = 64, "bfloat16"
 SAME: dict[str, Any] = {"max_tokens": 8, "input_dtype": DTYPE, "output_dtype": DTYPE}
 
 
-def layer() -> Tensor:
+def layer(device: str = "cpu") -> Tensor:
     """Logits of two sequences, float32."""
     torch.manual_seed(0)
-    batch = build_batch([BatchEntry([3, 1, 4], 0, [1]), BatchEntry([5], 0, [2])], 16)
-    embed = Embedding(EmbeddingsConfig.of(max_tokens=8, residual_dtype=DTYPE, embedding_dim=WIDTH))
-    pre = PreNorm(NormConfig.of(type="rms_norm", channels=WIDTH, residual_dtype=DTYPE, **SAME))
-    post = PostNorm(NormConfig.of(type="layer_norm", channels=WIDTH, residual_dtype=DTYPE, **SAME))
-    qkv = Linear(LinearConfig(in_channels=WIDTH, out_channels=2 * WIDTH, **SAME))
+    batch = build_batch([BatchEntry([3, 1, 4], 0, [1]), BatchEntry([5], 0, [2])], 16).to(device)
+    embed = Embedding(EmbeddingsConfig.of(max_tokens=8, residual_dtype=DTYPE, embedding_dim=WIDTH), device=device)
+    pre = PreNorm(NormConfig.of(type="rms_norm", channels=WIDTH, residual_dtype=DTYPE, **SAME), device=device)
+    post = PostNorm(NormConfig.of(type="layer_norm", channels=WIDTH, residual_dtype=DTYPE, **SAME), device=device)
+    qkv = Linear(LinearConfig(in_channels=WIDTH, out_channels=2 * WIDTH, **SAME), device=device)
     attend = SelfAttention(
         SelfAttentionConfig(
             n_heads_q=4,
@@ -56,17 +56,20 @@ def layer() -> Tensor:
             positional_embedding_type="rotate_half",
             positional_embedding_config=RotateHalfConfig(rotate_dim=8),
             **SAME,
-        )
+        ),
+        device=device,
     )
     experts = Moe(
-        MoeModuleConfig(model_dim=WIDTH, intermediate_features=32, n_experts=3, top_k=2, activation="siglu", **SAME)
+        MoeModuleConfig(model_dim=WIDTH, intermediate_features=32, n_experts=3, top_k=2, activation="siglu", **SAME),
+        device=device,
     )
     unembed = Unembed(
         UnembedConfig.of(
             max_tokens=8, dtype=DTYPE, norm_type="rms_norm", model_dim=WIDTH, max_sequences=2, vocab_size=9
-        )
+        ),
+        device=device,
     )
-    kv = KvGroups(KvCacheConfig.of(cache_shape=(1, 2, 16), block_size=16, cache_dtype=DTYPE), 3)
+    kv = KvGroups(KvCacheConfig.of(cache_shape=(1, 2, 16), block_size=16, cache_dtype=DTYPE), 3, device=device)
     gamma, beta = pre.transform_param(torch.rand(WIDTH) + 0.5), pre.transform_param(torch.randn(WIDTH))
     residual = embed(batch, embed.transform_param(torch.randn(9, WIDTH)))
     residual, hidden = pre(residual, None, gamma)
@@ -80,15 +83,19 @@ def layer() -> Tensor:
         experts.transform_moe_mlp_2_param(parts[1]),
     )
     residual, _ = pre(residual, y, gamma)
-    return unembed(
-        residual, unembed.transform_param(torch.randn(9, WIDTH) / 8), batch, gamma=gamma, out=torch.empty(2, 9)
-    )
+    head, logits = unembed.transform_param(torch.randn(9, WIDTH) / 8), torch.empty(2, 9, device=device)
+    return unembed(residual, head, batch, gamma=gamma, out=logits)
 
 
 def test_a_layer_is_what_it_is_in_c(request: pytest.FixtureRequest) -> None:
     expected = layer()
     request.getfixturevalue("interpreter")
     torch.testing.assert_close(layer(), expected, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.gpu
+def test_a_layer_on_a_gpu_is_what_it_is_in_c() -> None:
+    torch.testing.assert_close(layer("cuda").cpu(), layer(), rtol=0.03, atol=0.03)
 
 
 @pytest.mark.parametrize("activation", ["identity", "geglu"])
