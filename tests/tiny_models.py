@@ -36,7 +36,7 @@ _CORPUS = (
     "Paris is the capital of France, and Rome is the capital of Italy.\n",
     "你好，世界。 Emoji: 🙂🚀 — and a long dash.\n",
 )
-_SIZES = {
+SIZES = {
     "vocab_size": 384,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -205,7 +205,7 @@ def models_root() -> Path:
 def tiny_model(kind: str = "llama", *, seed: int = 0) -> Path:
     """A folder with a random model of KINDS, the same weights for the same seed."""
     folder = models_root() / f"tiny-{kind}-{seed}"
-    fields = {name: value for name, value in {**_SIZES, **KINDS[kind]}.items() if value is not None}
+    fields = {name: value for name, value in {**SIZES, **KINDS[kind]}.items() if value is not None}
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -227,7 +227,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_SIZES["vocab_size"],
+        vocab_size=SIZES["vocab_size"],
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

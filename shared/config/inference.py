@@ -32,10 +32,6 @@ from shared.policies.policy import Policy
 
 # What the engine does in one way so far, the default one. Each can be set, and check_supported refuses it.
 ONE_WAY_SO_FAR = (
-    "tensor_parallel.tp_size",
-    "tensor_parallel.tp_grain_size",
-    "tensor_parallel.mpu",
-    "tensor_parallel.tp_group",
     "moe.ep_size",
     "moe.ep_mp_group",
     "moe.ep_group",

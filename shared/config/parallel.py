@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -28,11 +28,38 @@ class TensorParallelConfig(Options):
             raise ValueError(f"{type(mpu).__name__} has no {', '.join(missing)}")
         return mpu
 
+    @property
+    def group_field(self) -> str:
+        """Which field says the process group."""
+        return "tensor_parallel.mpu" if self.mpu is not None else "tensor_parallel.tp_group"
+
+    @property
+    def process_group(self) -> Any:
+        """That of mpu or tp_group; None where neither is said."""
+        return self.tp_group if self.mpu is None else self.mpu.get_model_parallel_group()
+
     @model_validator(mode="after")
     def _contradictions(self) -> TensorParallelConfig:
+        size = self._group_size()
+        if size is not None:
+            if "tp_size" in self.model_fields_set and self.tp_size != size:
+                raise ValueError(f"tp_size: {self.tp_size}, and the group has {size} ranks; leave one of them out")
+            vars(self)["tp_size"] = size  # past __setattr__: it was not given
         if not self.enabled and self.tp_size > 1:
             raise ValueError(f"enabled: false, and tp_size is {self.tp_size}; leave one of them out")
         return self
+
+    def _group_size(self) -> int | None:
+        if self.mpu is not None and self.tp_group is not None:
+            raise ValueError("mpu: has a group, and tp_group is another; leave one of them out")
+        if self.mpu is not None:
+            return int(self.mpu.get_model_parallel_world_size())
+        if self.tp_group is None:
+            return None
+        size = getattr(self.tp_group, "size", None)
+        if not callable(size):
+            raise ValueError(f"tp_group: wants a torch.distributed process group, has {type(self.tp_group).__name__}")
+        return int(cast(int, size()))
 
 
 class MoeConfig(Options):

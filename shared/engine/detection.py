@@ -19,6 +19,7 @@ from kernels.dtypes import DTYPES
 from shared.batch import BatchEntry, build_batch
 from shared.checkpoint import CheckpointError
 from shared.checkpoint.state_dict import StateDictCheckpoint
+from shared.engine.own_answers import BOUNDS, spread
 from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelError
 from shared.models.architecture import Architecture
@@ -29,8 +30,6 @@ from shared.policies.policy import Policy, UnsupportedModelError
 
 _SHORT, _LONG = 24, 512  # tokens of the row that chooses, and of the one that proves at most
 _BLOCK_TOKENS = 16
-# How far the worst token's logits may lie apart, as part of how much they vary: the rounding of a deep model
-_BOUNDS = {torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
 
 def detected(module: nn.Module, fields: Mapping[str, object], max_tokens: int) -> Policy:
@@ -76,7 +75,7 @@ class _Asked:
     def __init__(self, model: nn.Module, family: str) -> None:
         self._model, self._family = model, family
         self._device, dtype = _place(model)
-        self.bound = _BOUNDS.get(dtype, _BOUNDS[torch.float32])
+        self.bound = BOUNDS.get(dtype, BOUNDS[torch.float32])
         self._dtype = dtype if dtype in DTYPES.values() else torch.float32
         self.parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         state = model.state_dict()
@@ -96,7 +95,7 @@ class _Asked:
             row = torch.randint(0, vocab_size, (length,), generator=generator)
             self._answers[length] = row, self._answer(row, vocab_size)
         row, theirs = self._answers[length]
-        apart = (self._computed(decoder, row) - theirs).norm(dim=1) / _spread(theirs)
+        apart = (self._computed(decoder, row) - theirs).norm(dim=1) / spread(theirs)
         return float(apart.nan_to_num(float("inf")).max())
 
     @torch.inference_mode()
@@ -115,7 +114,7 @@ class _Asked:
             raise UnsupportedModelError(
                 "architectures", f"{type(self._model).__name__} answers no logits [rows, tokens, {vocab_size}]"
             )
-        if not bool((_spread(logits[0]) > 0).all()):
+        if not bool((spread(logits[0]) > 0).all()):
             raise UnsupportedModelError(
                 "model_type",
                 f"{self._family!r} has no policy, and its logits do not vary, so that nothing would be proven; give "
@@ -133,11 +132,6 @@ class _Asked:
             return decoder.forward(batch.to(self._device.type), kv).float().cpu()
         finally:
             kv.close()
-
-
-def _spread(logits: Tensor) -> Tensor:
-    """Of each token's logits around their mean."""
-    return (logits.float() - logits.float().mean(1, keepdim=True)).norm(dim=1)
 
 
 def _comparable(module: nn.Module) -> nn.Module:

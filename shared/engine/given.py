@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from shared.checkpoint import Checkpoint, CheckpointError, Sizes, check_names, open_any, place_of
+from shared.checkpoint.slices import part_of
 from shared.checkpoint.state_dict import StateDictCheckpoint
 from shared.config import InferenceConfig
+from shared.parallel.partition import Slice
 
 
 @dataclass(frozen=True)
@@ -84,21 +86,30 @@ def sizes_of(fields: Mapping[str, object]) -> Sizes | None:
     return None if sizes == Sizes() else sizes
 
 
-def load_into(module: nn.Module, checkpoint: Checkpoint, ignored: Iterable[str] = ()) -> None:
+def load_into(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    ignored: Iterable[str] = (),
+    slices: Mapping[str, Slice] | None = None,
+) -> None:
     """Copies every parameter of a checkpoint into a module in memory, which has the same names.
 
-    ignored: patterns of names that are not read. Raises CheckpointError naming a parameter that is missing, not known
-    or of another shape, and its file.
+    ignored: patterns of names that are not read. slices: of those that the module has a part of. Raises
+    CheckpointError naming a parameter that is missing, not known or of another shape, and its file.
     """
-    own, present = module.state_dict(), checkpoint.names()
-    # one of two names of the same memory is enough
+    own, present, slices = module.state_dict(), checkpoint.names(), slices or {}
+    # one of two names of the same memory is enough, or of a part of it
     filled = {own[name].data_ptr() for name in present & own.keys()}
-    tied = {name for name in own.keys() - present if own[name].data_ptr() in filled}
+    whole = {own[name].untyped_storage().data_ptr() for name in present & own.keys()}
+    absent = own.keys() - present
+    tied = {name for name in absent if own[name].data_ptr() in filled}
+    tied |= {name for name in absent & slices.keys() if own[name].untyped_storage().data_ptr() in whole}
     optional = {name for name in own if any(re.fullmatch(rule, name) for rule in ignored)}
     check_names(present, own.keys() - tied - (optional - present), ignored)
     with torch.no_grad():
         for name in sorted(present & own.keys()):
-            tensor = checkpoint.tensor(name)
+            cut = slices.get(name)
+            tensor = part_of(checkpoint, name, cut.dim, cut.ranges) if cut else checkpoint.tensor(name)
             if tensor.shape != own[name].shape:
                 raise CheckpointError(
                     f"{name}: {list(tensor.shape)}{place_of(checkpoint, name)}, but the model has "

@@ -5,6 +5,7 @@ The one file of the engine that imports transformers; that takes seconds, and no
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ __all__ = [
     "KvSessionCache",
     "PreTrainedModel",
     "UnlistedCausalLM",
+    "shallow",
     "shell_of",
     "without_weights",
 ]
@@ -188,12 +190,39 @@ def encoder_from_folder(folder: Path) -> PreTrainedModel:
     return kind.from_pretrained(folder, dtype=torch.float32)
 
 
-def without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same class and config in memory, whose parameters hold nothing yet."""
-    with no_init_weights():
-        fresh = type(model)(model.config)
+def without_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model of the same class and config in memory, whose parameters hold nothing yet and are of this dtype."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or default)
+    try:
+        with no_init_weights():
+            fresh = type(model)(model.config)
+    finally:
+        torch.set_default_dtype(default)
     fresh.tie_weights()
     return fresh
+
+
+_DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+
+
+def shallow(model: PreTrainedModel, num_layers: int = 2) -> PreTrainedModel:
+    """A model of the same class and config, in float32 with random weights, but for its depth: of so few layers."""
+    config = copy.deepcopy(model.config)
+    before = max((depth for name in _DEPTHS if isinstance(depth := getattr(config, name, None), int)), default=0)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == before:  # of something for each layer
+            setattr(config, name, value[:num_layers])
+    for name in _DEPTHS:
+        if isinstance(depth := getattr(config, name, None), int):
+            setattr(config, name, min(depth, num_layers))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = type(model)(config)
+        for parameter in made.parameters():
+            if parameter.dim() == 1:  # fresh norms are ones and fresh biases zeros, which stand for each other
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return made.float().eval()
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ encoder, with a head or two    encoder_model.py                 as it is, in the
 a folder                       its weights are read one by one  as transformers loads it
 a diffusers pipeline           diffusion.py                     as it is, in the dtype and on the device asked for
 
+On several ranks the decoder is split by the engine, and a model as it is by auto_tp.py.
+
 Which policy: the one of the options, else that of the config's model_type, else one that is found by names and shapes
 and held against the model's own answers (detection.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,20 @@ from shared.checkpoint import Checkpoint, UnsupportedCheckpointError
 from shared.checkpoint.injected import is_injected
 from shared.checkpoint.megatron import is_megatron
 from shared.config import InferenceConfig
+from shared.engine.auto_tp import Split
 from shared.engine.causal_lm import CausalLM, Limits
 from shared.engine.detection import detected
 from shared.engine.diffusion import InjectedPipeline, is_pipeline
 from shared.engine.encoder_model import EncoderModel, encoders_of, is_encoder
 from shared.engine.expert_options import check_experts, fields_with_experts, policy_with_experts, refuse_experts
 from shared.engine.given import Given, fields_of, given_module, load_into
+from shared.engine.ranks import group_of, same_random_state
 from shared.engine.saving import quantized_of, save
 from shared.model_files import find_weights, read_json
 from shared.models.architecture import Architecture
 from shared.models.quantization import QuantizationPlan
 from shared.models.weights import load_weights
+from shared.parallel.group import Group
 from shared.policies.injected import as_injected
 from shared.policies.megatron_gpt2 import MEGATRON_GPT2
 from shared.policies.policy import Policy, UnsupportedModelError
@@ -59,8 +64,17 @@ def inject(model: Any, config: InferenceConfig) -> Injection:
     """Raises ValueError for what config and model make impossible, before weights are read."""
     on_host = config.keep_module_on_host or not torch.cuda.is_available()
     device = "cpu" if on_host else "cuda"
+    group = group_of(config.tensor_parallel, device)
+    injection = _injection(model, config, device, group)
+    if group is not None:
+        same_random_state(group)
+    return injection
+
+
+def _injection(model: Any, config: InferenceConfig, device: str, group: Group | None) -> Injection:
     if is_pipeline(model):
         refuse_experts(config.moe)
+        _refuse_ranks(group, "a pipeline's models are small")
         dtype, plan = compute_dtype(config, device)
         pipeline = InjectedPipeline(model, config, device=device, dtype=dtype, plan=plan)
         return Injection(model, pipeline.close, pipeline=pipeline)
@@ -71,11 +85,18 @@ def inject(model: Any, config: InferenceConfig) -> Injection:
     if config.replace_with_kernel_inject:
         if isinstance(model, nn.Module) and encoders_of(model):
             refuse_experts(config.moe)
+            _refuse_ranks(group, "an encoder's fused layers are computed by one rank")
             return _encoders(given_module(model, config), config, device)
+        _refuse_ranks(group, "fused layers are computed by one rank")
         given = _given_folder(Path(model), config) if isinstance(model, str | Path) else given_module(model, config)
         return _causal_lm(given, config, device)
     refuse_experts(config.moe)
-    return _as_it_is(model, config, device)
+    return _as_it_is(model, config, device, group)
+
+
+def _refuse_ranks(group: Group | None, why: str) -> None:
+    if group is not None:
+        raise ValueError(f"tensor_parallel.tp_size: {group.size}, and {why}; leave it out, or kernel_inject")
 
 
 def compute_dtype(config: InferenceConfig, device: str) -> tuple[torch.dtype, QuantizationPlan]:
@@ -189,7 +210,7 @@ def _layout(policy: Policy, architecture: Architecture, checkpoint: Checkpoint) 
     return policy
 
 
-def _as_it_is(model: nn.Module | str | Path, config: InferenceConfig, device: str) -> Injection:
+def _as_it_is(model: nn.Module | str | Path, config: InferenceConfig, device: str, group: Group | None) -> Injection:
     dtype, plan = compute_dtype(config, device)
     if not plan.is_plain:
         raise ValueError("dtype: int8 quantizes the engine's linears; set kernel_inject, or use another dtype")
@@ -201,14 +222,22 @@ def _as_it_is(model: nn.Module | str | Path, config: InferenceConfig, device: st
     module = given.module
     if config.set_empty_params:
         return Injection(module.to("meta").eval(), lambda: None)
-    if given.is_meta:
-        module = _in_memory(given, config)
     family = POLICIES.get(str(given.fields.get("model_type")))
-    if config.checkpoint is not None:
-        load_into(module, given.checkpoint(config), family.ignored if family else ())
+    ignored = family.ignored if family else ()
+    split = None
+    if group is not None:
+        suffixes = config.injection_policy if isinstance(config.injection_policy, dict) else None
+        split = Split(group, given.fields, config.tensor_parallel.tp_grain_size, suffixes)
+    if given.is_meta:
+        module = _in_memory(given, config, dtype, ignored, split)
+    elif config.checkpoint is not None:
+        load_into(module, given.checkpoint(config), ignored)
     module.eval().to(dtype)
     if config.save_mp_checkpoint_path:
-        save(Given(module, given.fields).checkpoint(InferenceConfig()), given.fields, config, dtype)
+        whole = given.checkpoint(config) if given.is_meta else Given(module, given.fields).checkpoint(InferenceConfig())
+        save(whole, given.fields, config, dtype, group=group)
+    if split is not None and not given.is_meta:
+        split.of(module, device)
     return Injection(module.to(device), lambda: None, wants_graph=config.enable_cuda_graph)
 
 
@@ -229,8 +258,10 @@ def _loaded_folder(folder: Path, config: InferenceConfig, dtype: torch.dtype) ->
     return Given(module, written, folder)
 
 
-def _in_memory(given: Given, config: InferenceConfig) -> nn.Module:
-    """A model that is on the meta device, its parameters still to be read."""
+def _in_memory(
+    given: Given, config: InferenceConfig, dtype: torch.dtype, ignored: Iterable[str], split: Split | None
+) -> nn.Module:
+    """A model that is on the meta device, with its parameters read from the checkpoint, or this rank's part of them."""
     from shared.engine.hugging_face import PreTrainedModel, without_weights
 
     if config.checkpoint is None:
@@ -240,7 +271,12 @@ def _in_memory(given: Given, config: InferenceConfig) -> nn.Module:
             f"model: {type(given.module).__name__} is on the meta device, and how it is made anew is not known; give "
             "it in memory, or set kernel_inject"
         )
-    return without_weights(given.module)
+    checkpoint = given.checkpoint(config)
+    if split is not None:
+        return split.of_checkpoint(given.module, checkpoint, dtype, ignored)
+    module = without_weights(given.module)
+    load_into(module, checkpoint, ignored)
+    return module
 
 
 def _check_suffixes(model: nn.Module, policy: dict[type[nn.Module], tuple[str, ...]]) -> None:

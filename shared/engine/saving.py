@@ -16,6 +16,7 @@ from shared.engine.given import sizes_of
 from shared.models.architecture import Architecture
 from shared.models.quantization import QuantizationPlan
 from shared.models.shapes import LINEARS, layer_shapes
+from shared.parallel.group import Group
 from shared.policies.names import choose
 from shared.policies.policy import Policy
 
@@ -26,12 +27,25 @@ def save(
     config: InferenceConfig,
     dtype: torch.dtype,
     quantized: Mapping[str, Quantization] | None = None,
+    group: Group | None = None,
 ) -> None:
-    """By the checkpoint's own names. quantized: how some are kept. Raises CheckpointError naming a parameter."""
+    """By the checkpoint's own names, a shard for each rank; rank 0 of a group writes them all, and the others wait.
+
+    quantized: how some are kept. Raises CheckpointError naming a parameter.
+    """
     assert config.save_mp_checkpoint_path
+    if group is not None and group.rank != 0:
+        _wait_for_first(group)
+        return
     table = table_for(checkpoint.names()).sized(sizes_of(fields) or Sizes())
     recast = RecastCheckpoint(checkpoint, dtype, quantized)
     save_mp_checkpoint(Path(config.save_mp_checkpoint_path), recast, table, config.tensor_parallel.tp_size)
+    if group is not None:
+        _wait_for_first(group)
+
+
+def _wait_for_first(group: Group) -> None:
+    group.broadcast(torch.zeros(1, dtype=torch.uint8, device=group.device))
 
 
 def quantized_of(

@@ -129,5 +129,6 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
 
+@torch.inference_mode(False)  # it outlives the mode that it is first asked for in
 def _grown(buffer: Tensor, num_bytes: int) -> Tensor:
     return buffer if buffer.numel() >= num_bytes else buffer.new_empty(num_bytes)

@@ -76,9 +76,7 @@ def assert_as_the_reference(
     expected = poisoned(target_format, len(target_table) + 1)
     target = expected.to(on, copy=True)
     arguments = (target_format, target_table, target_offset, num_tokens)
-    transfer_tokens_reference(
-        source, source_format, source_table, source_offset, expected, *arguments, **slices
-    )
+    transfer_tokens_reference(source, source_format, source_table, source_offset, expected, *arguments, **slices)
     transfer_tokens(
         source.to(on), source_format, source_table.to(on), source_offset,
         target, target_format, target_table.to(on), target_offset, num_tokens, **slices,

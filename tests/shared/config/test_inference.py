@@ -99,6 +99,7 @@ FIELDS: dict[type[Options], dict[str, tuple[str | None, Any]]] = {
         "allow_pickle": (None, False),
     },
 }
+GROUP = SimpleNamespace(size=lambda: 2)
 # deprecated name → (alias, what stands for it, a value that is not its default)
 MOVED = {
     "mp_size": (None, "tensor_parallel.tp_size", 2),
@@ -386,6 +387,15 @@ def test_checkpoint_config_says_the_same_as_the_fields():
             "set_empty_params: no weights are loaded, and save_mp_checkpoint_path is set",
         ),
         # values of a wrong kind
+        (
+            {"tp": {"tp_group": object()}},
+            r"tensor_parallel\n.*tp_group: wants a torch.distributed process group, has ob",
+        ),
+        ({"tp": {"tp_group": GROUP, "tp_size": 3}}, r"tensor_parallel\n.*tp_size: 3, and the group has 2 ranks; leave"),
+        ({"tp": {"mpu": MOVED["mpu"][2], "tp_size": 2}}, r"tensor_parallel\n.*tp_size: 2, and the group has 1 ranks"),
+        ({"tp": {"mpu": MOVED["mpu"][2], "tp_group": GROUP}}, r"tensor_parallel\n.*mpu: has a group, and tp_group is"),
+        ({"tp": {"tp_group": GROUP, "enabled": False}}, r"tensor_parallel\n.*enabled: false, and tp_size is 2; leave"),
+        ({"tp": {"tp_group": GROUP}, "enable_cuda_graph": True}, "enable_cuda_graph: Cuda graph is not supported for"),
         ({"tp": {"mpu": object()}}, r"tensor_parallel\.mpu\n.*object has no get_model_parallel_rank, get_model_para"),
         ({"injection_policy": {"Linear": "x"}}, "'Linear' is no subclass of torch.nn.Module; give the class"),
         ({"injection_policy": {int: "x"}}, "<class 'int'> is no subclass of torch.nn.Module"),
@@ -446,10 +456,6 @@ def test_an_injection_policy_is_dumped_where_it_can_be_read_again():
 
 # each with a value that is not its default
 ASKED = {
-    "tensor_parallel.tp_size": 2,
-    "tensor_parallel.tp_grain_size": 32,
-    "tensor_parallel.mpu": MOVED["mpu"][2],
-    "tensor_parallel.tp_group": object(),
     "moe.ep_size": 2,
     "moe.ep_mp_group": object(),
     "moe.ep_group": object(),
@@ -473,12 +479,12 @@ def test_what_is_not_done_yet_can_be_said_and_is_refused_before_loading(name: st
 
 
 def test_everything_that_is_not_done_yet_is_told_at_once():
-    config = InferenceConfig(tp={"tp_size": 2}, moe={"ep_size": 2})
+    config = InferenceConfig(moe={"ep_size": 2}, quant={"qkv": {"enabled": False}})
     with pytest.raises(ValueError, match="is not supported yet") as error:
         config.check_supported()
     assert str(error.value).splitlines() == [
-        "tensor_parallel.tp_size: 2 is not supported yet; leave it out",
         "moe.ep_size: 2 is not supported yet; leave it out",
+        "quant.qkv.enabled: False is not supported yet; leave it out",
     ]
 
 

@@ -297,4 +297,6 @@ def test_a_model_on_the_meta_device_needs_a_checkpoint() -> None:
 
 def test_every_family_has_a_kind() -> None:
     encoders = {family for family, policy in POLICIES.items() if policy.kind == "encoder"}
-    assert POLICIES.keys() - ONE_EACH.keys() == encoders | {"qwen", "megatron_gpt_moe"}, "which transformers does not have"
+    assert POLICIES.keys() - ONE_EACH.keys() == encoders | {"qwen", "megatron_gpt_moe"}, (
+        "which transformers does not have"
+    )
