@@ -46,6 +46,7 @@ PLAIN = (
     "model_files",
     "model_source",
     "model_store",
+    "parallel.partition",
     "parallel.sharding",
     "rpc",
     "tokenizer",
