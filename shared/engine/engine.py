@@ -24,9 +24,12 @@ from shared.engine.plan import EnginePlan
 from shared.graphs import EagerRunner, GraphRunner, Launch, ReplayRunner
 from shared.kv_cache import KvCache
 from shared.models.decoder import Decoder
+from shared.models.expert_ranks import ExpertRanks
 from shared.models.ranks import Ranks
 from shared.models.weights import ModelWeights, load_weights, packing_of
 from shared.packed_weights import MIN_BYTES, share_packed
+from shared.parallel.expert_groups import ExpertGroups
+from shared.parallel.experts import ExpertPartition, expert_shard_of
 from shared.parallel.group import Group
 from shared.parallel.partition import Partition
 from shared.penalties import SampleRow
@@ -57,23 +60,29 @@ class Engine:
         *,
         weights: ModelWeights | None = None,
         group: Group | None = None,
+        expert_groups: ExpertGroups | None = None,
     ) -> None:
         """memory: where the pool lies, on the plan's device; default: memory of its own.
 
         weights: on the plan's device, of the plan's shard; default: those of the plan's files. group: of a plan with a
         shard, the ranks that compute the model. Every rank makes the same calls of `warm_up`, `forward`, `step` and
         `grow`, with entries that are equal, and gets the same logits; each has its own key-value heads in its pool.
+        expert_groups: of a plan with an expert_shard, likewise; default: the ranks of `group` share each expert.
         Raises CheckpointError, and ValueError for a group that is not the shard's.
         """
         self.plan = plan
-        ranks = _ranks_of(plan, group)
-        self._is_alone = ranks is None
+        ranks, expert_ranks = _ranks_of(plan, group), _expert_ranks_of(plan, expert_groups, group)
+        self._is_alone = ranks is None and expert_ranks is None
         self.use_thread()
         tensor = None if memory is None else memory.tensor
         self.kv = KvCache(plan.layout, plan.num_blocks, memory=tensor, device=plan.device)
         self._memory = memory
         self._decoder = Decoder(
-            plan.architecture, weights or load_plan(plan), deterministic=plan.deterministic, ranks=ranks
+            plan.architecture,
+            weights or load_plan(plan),
+            deterministic=plan.deterministic,
+            ranks=ranks,
+            expert_ranks=expert_ranks,
         )
         self._is_observed = False
         self._in_triton = in_triton("the engine", self.kv.pool)
@@ -212,6 +221,15 @@ def _ranks_of(plan: EnginePlan, group: Group | None) -> Ranks | None:
     return Ranks(group, Partition(plan.architecture, plan.shard))
 
 
+def _expert_ranks_of(plan: EnginePlan, groups: ExpertGroups | None, group: Group | None) -> ExpertRanks | None:
+    shard = plan.expert_shard or expert_shard_of(plan.architecture, plan.shard)
+    if shard is None:
+        if groups is not None:
+            raise ValueError("expert_groups: the plan has no expert_shard; leave them out")
+        return None
+    return ExpertRanks(groups or ExpertGroups(None, group), ExpertPartition(plan.architecture, shard))
+
+
 def load_plan(plan: EnginePlan) -> ModelWeights:
     """The weights of a plan's files, on a CPU mapped from what the workers of this host share, made on first use.
 
@@ -228,14 +246,18 @@ def load_plan(plan: EnginePlan) -> ModelWeights:
             device=plan.device,
             quantization=plan.quantization,
             shard=plan.shard,
+            expert_shard=plan.expert_shard,
         )
 
     num_bytes = sum(path.stat().st_size for path in plan.model_files.weights.paths)
     if num_bytes < MIN_BYTES or plan.device != "cpu":
         weights = load()
     else:
-        parts = (plan.layout.model_digest, plan.dtype, packing_of(plan.quantization, dtype), repr(plan.shard))
+        cuts = repr((plan.shard, plan.expert_shard))
+        parts = (plan.layout.model_digest, plan.dtype, packing_of(plan.quantization, dtype), cuts)
         tensors = share_packed(parts, lambda: load().tensors())
-        weights = ModelWeights.from_tensors(plan.architecture, tensors, shard=plan.shard)
+        weights = ModelWeights.from_tensors(
+            plan.architecture, tensors, shard=plan.shard, expert_shard=plan.expert_shard
+        )
     weights.probe()
     return weights

@@ -13,6 +13,7 @@ from shared.kv_cache import KvLayout
 from shared.model_files import ModelFiles, read_json
 from shared.models.architecture import Architecture
 from shared.models.quantization import QuantizationPlan, quantizable
+from shared.parallel.experts import ExpertPartition, ExpertShard, expert_shard_of
 from shared.parallel.partition import Partition
 from shared.parallel.sharding import Shard
 from shared.policies.policy import UnsupportedModelError
@@ -41,6 +42,7 @@ class EnginePlan:
     allow_pickle: bool
     pooling: Pooling | None = None  # of a model that embeds; it has no pool but the null block
     shard: Shard | None = None  # of the model, which the layout is of too; None: all of it
+    expert_shard: ExpertShard | None = None  # of its experts; None: the shard's share of each, or all of them
 
     @classmethod
     def of(
@@ -49,8 +51,10 @@ class EnginePlan:
         section: PrefillConfig | DecodeConfig,
         files: ModelFiles,
         shard: Shard | None = None,
+        expert_shard: ExpertShard | None = None,
     ) -> EnginePlan:
-        """section: of the role. shard: of the rank that this plan is for; all ranks' plans are alike but for it.
+        """section: of the role. shard: of the rank that this plan is for; all ranks' plans are alike but for it, and
+        expert_shard, which is by default the shard's share of each expert.
 
         Raises ModelError for a model that cannot be served, ConfigError for limits, ValueError naming what of a model
         cannot be cut for so many ranks.
@@ -60,6 +64,8 @@ class EnginePlan:
         if shard is not None:
             shard = replace(shard, splits_inputs=not config.deterministic)
             Partition(architecture, shard)
+        if own_experts := expert_shard or expert_shard_of(architecture, shard):
+            ExpertPartition(architecture, own_experts)
         pooling = Pooling.load(files.folder) if policy.kind == "encoder" else None
         if pooling is not None:
             _check_embeds(architecture, section)
@@ -100,6 +106,7 @@ class EnginePlan:
             allow_pickle=config.allow_pickle,
             pooling=pooling,
             shard=shard,
+            expert_shard=expert_shard,
         )
 
     @property

@@ -20,6 +20,7 @@ from shared.batch import NULL_BLOCK, BatchEntry, RaggedBatch, build_batch
 from shared.kv_cache import KvCache
 from shared.models.architecture import Architecture
 from shared.models.embedding import embedded
+from shared.models.expert_ranks import ExpertRanks
 from shared.models.ranks import Ranks
 from shared.models.rope import cos_sin_table
 from shared.models.transformer import Take, Transformer
@@ -37,12 +38,13 @@ class Decoder:
         *,
         deterministic: bool = True,
         ranks: Ranks | None = None,
+        expert_ranks: ExpertRanks | None = None,
     ) -> None:
         """It computes in the weights' dtype, where they lie.
 
         deterministic: a token's bits are its own, whatever is beside it; on a CPU they always are.
         ranks: that have the model together: the weights, and the cache of each forward, are this one's part of them,
-        and all ranks run the same forwards. architecture is the whole model's.
+        and all ranks run the same forwards. architecture is the whole model's. expert_ranks: likewise, of its experts.
         """
         self.architecture = architecture
         # what this process has of the heads
@@ -50,7 +52,9 @@ class Decoder:
         self._ranks = ranks
         self.dtype, device = weights.embedding.dtype, weights.embedding.device
         self._weights = weights
-        self._layers = Transformer(architecture, weights, deterministic=deterministic, ranks=ranks)
+        self._layers = Transformer(
+            architecture, weights, deterministic=deterministic, ranks=ranks, expert_ranks=expert_ranks
+        )
         ropes = dict.fromkeys(architecture.ropes)
         tables = {rope: cos_sin_table(rope, architecture.max_context).to(device) for rope in ropes}
         self._cos_sin = [tables[rope] for rope in architecture.ropes]

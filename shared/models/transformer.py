@@ -22,6 +22,7 @@ from kernels.moe import combine, grouped_linear, route, routing_size, top_k_gati
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.scale import scale
 from shared.models.architecture import Architecture
+from shared.models.expert_ranks import ExpertRanks
 from shared.models.ranks import Columns, Ranks
 from shared.models.weights import LayerWeights, ModelWeights, Norm
 from shared.workspace import Workspace
@@ -54,10 +55,11 @@ class Transformer:
         *,
         deterministic: bool = True,
         ranks: Ranks | None = None,
+        expert_ranks: ExpertRanks | None = None,
     ) -> None:
-        """ranks: that have the model together, of which the weights are this one's part."""
+        """ranks: that have the model together, of which the weights are this one's part; expert_ranks: its experts."""
         self.architecture, self._layers, self._deterministic = architecture, weights.layers, deterministic
-        self.ranks = ranks
+        self.ranks, self._expert_ranks = ranks, expert_ranks
         self._is_post = architecture.norm_order == "post"
         self._carries_norm = self._is_post or architecture.stream_of_norm
         self._norms = self._norms_in_order(weights)
@@ -142,7 +144,7 @@ class Transformer:
         a, rows = self.architecture, x.shape[0]
         output = take("output_of_mlp" if a.parallel else "output", rows, a.hidden_size)
         if a.has_experts(index):
-            return self._experts(x, layer, take, output)
+            return self._experts(x, index, layer, take, output)
         assert layer.up
         assert layer.down
         up = self.linear(x, layer.up, take("up", rows, layer.up.out_features))
@@ -154,15 +156,13 @@ class Transformer:
             return activate(up, a.activation, out=up)
         return gated(up, a.activation, out=take(name, up.shape[0], up.shape[1] // 2))
 
-    def _experts(self, x: Tensor, layer: LayerWeights, take: Take, output: Tensor) -> Tensor:
+    def _experts(self, x: Tensor, index: int, layer: LayerWeights, take: Take, output: Tensor) -> Tensor:
         """The mixture of those that a token goes to, and what all tokens go through besides."""
         experts = self.architecture.experts
         assert experts
         assert layer.router
-        assert layer.experts_up
-        assert layer.experts_down
-        rows, k, count = x.shape[0], experts.per_token, layer.experts_up.num_experts
-        logits = self.linear(x, layer.router, take("router", rows, count))
+        rows, k = x.shape[0], experts.per_token
+        logits = self.linear(x, layer.router, take("router", rows, layer.router.out_features))
         weights, chosen = top_k_gating(
             logits,
             k,
@@ -170,15 +170,31 @@ class Transformer:
             weights_out=take("pair_weights", rows, k, torch.float32),
             experts_out=take("pair_experts", rows, k, torch.int32),
         )
-        memory = take("routing", 1, routing_size(rows * k, count), torch.int32)[0]
-        routing = route(chosen, count, out=memory)
-        up = take("experts_up", rows * k, layer.experts_up.out_features)
-        grouped_linear(x, layer.experts_up, routing, out=up)
-        activated = self._activated(up, take, "experts_activated")
-        y = take("experts_down", rows * k, x.shape[1], torch.float32)
-        grouped_linear(activated, layer.experts_down, routing, pair_weights=weights, out=y)
+        y = self._answers(x, index, layer, weights, chosen, take)
         shared, gate = self._shared_expert(x, layer, take)
         return combine(y, k, shared=shared, shared_gate=gate, out=output)
+
+    def _answers(
+        self, x: Tensor, index: int, layer: LayerWeights, weights: Tensor, chosen: Tensor, take: Take
+    ) -> Tensor:
+        """Of each pair's expert, times its weight: float32 [tokens * k, hidden]."""
+        assert layer.experts_up
+        assert layer.experts_down
+        ranks, pairs, count = self._expert_ranks, chosen.numel(), layer.experts_up.num_experts
+        memory = take("routing", 1, routing_size(pairs, count), torch.int32)[0]
+        routing = route(chosen, count, first=ranks.first(index) if ranks else 0, out=memory)
+        up = take("experts_up", pairs, layer.experts_up.out_features)
+        grouped_linear(x, layer.experts_up, routing, out=up)
+        activated = self._activated(up, take, "experts_activated")
+        y = take("experts_down", pairs, layer.experts_down.out_features, torch.float32)
+        if ranks is None:
+            return grouped_linear(activated, layer.experts_down, routing, pair_weights=weights, out=y)
+        if ranks.shares_outputs:
+            activated = ranks.gather(activated, "mlp", take("all_columns", pairs, ranks.width("mlp")))
+        grouped_linear(activated, layer.experts_down, routing, pair_weights=weights, out=y.zero_())
+        if ranks.shares_outputs:
+            y = ranks.gather(y, "hidden", take("all_experts_down", pairs, ranks.width("hidden"), torch.float32))
+        return ranks.add_disjoint(y)
 
     def _shared_expert(self, x: Tensor, layer: LayerWeights, take: Take) -> tuple[Tensor | None, Tensor | None]:
         if layer.shared_up is None or layer.shared_down is None or layer.shared_gate is None:

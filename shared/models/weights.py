@@ -19,6 +19,7 @@ from shared.checkpoint.slices import integer_rows_of, joined_rows, part_of, shap
 from shared.models.architecture import Architecture
 from shared.models.quantization import QuantizationPlan
 from shared.models.shapes import EXPERTS, LINEARS, Shapes, layer_shapes, model_shapes, modules_of
+from shared.parallel.experts import ExpertPartition, ExpertShard, expert_shard_of
 from shared.parallel.partition import Partition, Slice, grouped_qkv_rows, whole_heads
 from shared.parallel.sharding import Shard
 from shared.policies.names import Source, choose
@@ -124,11 +125,18 @@ class ModelWeights:
 
     @classmethod
     def from_tensors(
-        cls, architecture: Architecture, tensors: Mapping[str, Tensor], *, shard: Shard | None = None
+        cls,
+        architecture: Architecture,
+        tensors: Mapping[str, Tensor],
+        *,
+        shard: Shard | None = None,
+        expert_shard: ExpertShard | None = None,
     ) -> ModelWeights:
-        """What gave these tensors, over the same memory. shard: as they were loaded."""
+        """What gave these tensors, over the same memory. shard, expert_shard: as they were loaded."""
         dtype = tensors["embedding"].dtype
         partition = shard and Partition(architecture, shard)
+        expert_shard = expert_shard or expert_shard_of(architecture, shard)
+        experts = expert_shard and ExpertPartition(architecture, expert_shard)
 
         def part(name: str, module: str, shapes: Shapes) -> Part:
             if module in _TABLES:
@@ -139,7 +147,9 @@ class ModelWeights:
             found = {field: tensors.get(f"{name}.{field}") for field in kind.FIELDS}
             stored = {field: tensor for field, tensor in found.items() if tensor is not None}
             shape = shapes.get(f"{module}.weight", shapes.get("embedding", ()))
-            if partition is not None:
+            if experts is not None and module in EXPERTS:
+                shape = experts.shape(module, layer_of(name), shape)
+            elif partition is not None:
                 own = partition.slice_of(f"{module}.weight", is_plain="scale" not in stored)
                 shape = shape if own is None else own.shape(shape)
             return kind.from_tensors(stored, shape, dtype)
@@ -166,6 +176,11 @@ def assemble(a: Architecture, part_of: Callable[[str, str, Shapes], Part]) -> Mo
     return ModelWeights(layers=tuple(layers), **top)  # pyright: ignore[reportArgumentType]
 
 
+def layer_of(name: str) -> int:
+    """The number in `layers.N...`; 0 of what is of no layer."""
+    return int(name.split(".")[1]) if name.startswith("layers.") else 0
+
+
 def load_weights(
     architecture: Architecture,
     checkpoint: Checkpoint,
@@ -175,11 +190,13 @@ def load_weights(
     quantization: QuantizationPlan | None = None,
     policy: Policy | None = None,
     shard: Shard | None = None,
+    expert_shard: ExpertShard | None = None,
 ) -> ModelWeights:
     """Reads parameter by parameter, so that at most one is held raw and packed at once.
 
     quantization: default, none of them. policy: whose names the checkpoint has; default: the family's. shard: reads
     what that rank has of the model (shared/parallel/partition.py), and no more of the checkpoint; default: all of it.
+    expert_shard: likewise of its experts (shared/parallel/experts.py); default: the shard's share of each of them.
 
     Raises CheckpointError naming parameters that are missing, unexpected or of another shape than the config says, and
     ValueError naming a weight that cannot be cut into the groups it should have, or what of a model cannot be cut for
@@ -188,7 +205,9 @@ def load_weights(
     policy = policy or POLICIES[architecture.family]
     partition = shard and Partition(architecture, shard)
     plan = quantization or QuantizationPlan()
-    return _Loader(architecture, policy, checkpoint, dtype, device, plan, partition).load()
+    expert_shard = expert_shard or expert_shard_of(architecture, shard)
+    experts = expert_shard and ExpertPartition(architecture, expert_shard)
+    return _Loader(architecture, policy, checkpoint, dtype, device, plan, partition, experts).load()
 
 
 class _Loader:
@@ -201,10 +220,11 @@ class _Loader:
         device: torch.device | str,
         quantization: QuantizationPlan,
         partition: Partition | None,
+        experts: ExpertPartition | None,
     ) -> None:
         self.architecture, self.policy, self.checkpoint = architecture, policy, checkpoint
         self.dtype, self.device, self.quantization = dtype, device, quantization
-        self.partition = partition
+        self.partition, self.experts = partition, experts
         self.present = checkpoint.names()
         base = policy.base + "."
         self.base = "" if any(name.startswith(base) for name in self.present) else base
@@ -243,7 +263,7 @@ class _Loader:
         return expected
 
     def _part(self, name: str, module: str, shapes: Shapes) -> Part:
-        layer = int(name.split(".")[1]) if name.startswith("layers.") else 0
+        layer = layer_of(name)
         if module in _TABLES:
             table = self._tensor(module, layer, shapes[module])
             if module == "embedding":
@@ -289,20 +309,30 @@ class _Loader:
         return self._tensor(name, layer, shapes[name], is_plain=is_plain)
 
     def _experts(self, name: str, module: str, layer: int, shapes: Shapes) -> ExpertWeights:
-        shape = shapes[f"{module}.weight"]
-        source = self._source(f"{module}.weight")
+        shape, biases = shapes[f"{module}.weight"], shapes.get(f"{module}.bias")
+        numbers, own = range(shape[0]), None
+        if self.experts is not None:
+            numbers, own = self.experts.numbers(layer), self.experts.slice_of(module)
+        source = self._source(f"{module}.weight").at(layer)
         if source.how == "stacked":
-            [stored] = source.at(layer).names
-            stacked = self.checkpoint.tensor(stored)
-            self._check_shape((stored,), stacked.shape, shape)
-            each = (self._placed(one) for one in stacked)
+            self._check_shape(source.names, shape_of(self.checkpoint, source.names[0]), shape)
+            each = (self._of_stack(source.names[0], number, own) for number in numbers)
         else:
-            each = (self._built(source.at(layer, expert), shape[1:]) for expert in range(shape[0]))
-        bias, bias_shape = None, shapes.get(f"{module}.bias")
-        if bias_shape is not None:
-            own = self._source(f"{module}.bias")
-            bias = torch.stack([self._built(own.at(layer, expert), bias_shape[1:]) for expert in range(shape[0])])
-        return ExpertWeights(each, shape[0], self.quantization.of(name, shape[2]), bias=bias)
+            each = (self._of_expert(f"{module}.weight", layer, number, shape[1:], own) for number in numbers)
+        bias = None
+        if biases is not None:
+            of_each = [self._of_expert(f"{module}.bias", layer, number, biases[1:], own) for number in numbers]
+            bias = torch.stack(of_each)
+        return ExpertWeights(each, len(numbers), self.quantization.of(name, shape[2]), bias=bias)
+
+    def _of_stack(self, name: str, number: int, own: Slice | None) -> Tensor:
+        """An expert's weight of those of all of them."""
+        [whole] = part_of(self.checkpoint, name, 0, [range(number, number + 1)])
+        rows = [whole] if own is None else [whole[part.start : part.stop] for part in own.ranges]
+        return self._placed(rows[0] if len(rows) == 1 else torch.cat(rows))
+
+    def _of_expert(self, ours: str, layer: int, number: int, shape: tuple[int, ...], own: Slice | None) -> Tensor:
+        return self._built(self._source(ours).at(layer, number), shape, own=own)
 
     def _integers(self, ours: str, layer: int, shape: tuple[int, ...], how: Quantization) -> Integers | None:
         """The file's own, where all parts have them, of that form and made alike."""

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shared.parallel.loopback import loopback
 from shared.parallel.sharding import cut
 
 
@@ -29,19 +30,32 @@ class GroupError(RuntimeError):
 class Group:
     """A process group as one of its ranks sees it. One thread at a time."""
 
-    def __init__(self, process_group: dist.ProcessGroup, device: torch.device) -> None:
-        """device: where this rank's tensors lie."""
-        self.process_group, self.device = process_group, device
+    def __init__(self, process_group: dist.ProcessGroup, device: torch.device, *, is_here: bool = False) -> None:
+        """device: where this rank's tensors lie. is_here: its connections are within this host."""
+        self.process_group, self.device, self._is_here = process_group, device, is_here
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         self._sent, self._received = (torch.empty(0, dtype=torch.uint8, device=device) for _ in range(2))
 
     @classmethod
-    def of(cls, process_group: dist.ProcessGroup) -> Group:
+    def of(cls, process_group: dist.ProcessGroup, *, is_here: bool = False) -> Group:
         """With NCCL tensors lie on the current CUDA device. ValueError in a process that is no rank."""
         if dist.get_rank(process_group) < 0:
             raise ValueError("this process is no rank of the process group")
         on_cuda = "nccl" in dist.get_backend(process_group)
-        return cls(process_group, torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu"))
+        device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+        return cls(process_group, device, is_here=is_here)
+
+    def part(self, ranks: Sequence[int]) -> Group:
+        """Some of these ranks, this one among them, as a group of their own. Each of them calls this, with the same."""
+        global_ranks = dist.get_process_group_ranks(self.process_group)
+        with loopback(self._is_here and self.device.type == "cpu"), _lost_ranks():
+            made = dist.new_group(
+                [global_ranks[rank] for rank in ranks],
+                backend=dist.get_backend(self.process_group),
+                use_local_synchronization=True,
+            )
+        assert isinstance(made, dist.ProcessGroup)
+        return Group(made, self.device, is_here=self._is_here)
 
     def gather(self, x: Tensor, widths: Sequence[int], out: Tensor | None = None) -> Tensor:
         """The ranks' columns side by side, in the order of the ranks: x [rows, widths[rank]] -> [rows, sum(widths)].

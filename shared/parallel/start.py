@@ -8,18 +8,17 @@ end_group()
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from shared.parallel.group import Group, GroupError
+from shared.parallel.loopback import loopback
 
 TIMEOUT_S = 300.0
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def start_group(*, rank: int, size: int, rendezvous: str, device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Group:
@@ -39,7 +38,7 @@ def start_group(*, rank: int, size: int, rendezvous: str, device: str = "cpu", t
         torch.cuda.set_device(torch.device(device) if ":" in device else torch.device("cuda", rank))
     is_here = rendezvous.startswith(("file://", "tcp://127.0.0.1:"))
     try:
-        with _loopback(is_here and not on_cuda):
+        with loopback(is_here and not on_cuda):
             dist.init_process_group(
                 "nccl" if on_cuda else "gloo",
                 init_method=rendezvous,
@@ -50,7 +49,7 @@ def start_group(*, rank: int, size: int, rendezvous: str, device: str = "cpu", t
     except RuntimeError as error:
         raise GroupError(f"rank {rank} of {size} found no others at {rendezvous}: {error}") from error
     assert dist.group.WORLD is not None
-    return Group.of(dist.group.WORLD)
+    return Group.of(dist.group.WORLD, is_here=is_here)
 
 
 def start_group_of_environment(
@@ -83,16 +82,3 @@ def _number(name: str, value: str) -> int:
     if not value.isdecimal():
         raise ValueError(f"{name}: {value!r} is no number")
     return int(value)
-
-
-@contextmanager
-def _loopback(wanted: bool) -> Iterator[None]:
-    """gloo listens where the variable says, and otherwise at the address of the host's name."""
-    if not wanted or _INTERFACE in os.environ:
-        yield
-        return
-    os.environ[_INTERFACE] = "lo"
-    try:
-        yield
-    finally:
-        del os.environ[_INTERFACE]

@@ -1,0 +1,107 @@
+"""A model whose experts lie on several ranks, and what each rank checks of it. Free of transformers, which takes every
+process seconds to import."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shared.batch import BatchEntry
+from shared.config import load_config
+from shared.engine import Engine, EnginePlan
+from shared.model_store import ModelStore
+from shared.parallel.expert_groups import ExpertGroups
+from shared.parallel.experts import ExpertShard
+from shared.parallel.group import Group
+from shared.parallel.sharding import Shard
+
+BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and on how many ranks its dense parts and its experts lie: the rest of them share experts."""
+
+    model: str
+    quantization: str = "none"
+    tp_size: int = 1
+    ep_size: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.model).name} {self.quantization} tp {self.tp_size} ep {self.ep_size}"
+
+
+def plan_of(case: Case, shard: Shard | None = None, expert_shard: ExpertShard | None = None) -> EnginePlan:
+    overrides = {
+        "model": case.model,
+        "dtype": "float32",
+        "quantization": case.quantization,
+        "threads": 1,
+        "decode": {"num_blocks": 24, "max_running": 8, "block_tokens": BLOCK_TOKENS},
+    }
+    config = load_config(None, overrides)
+    return EnginePlan.of(config, config.decode, ModelStore().resolve(config.model), shard, expert_shard)
+
+
+def prompt(seed: int, count: int) -> list[int]:
+    return torch.randint(3, 90, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def computed(engine: Engine) -> list[Tensor]:
+    """Logits of two prompts, of a part of one with a step of the other, of one token, and of none."""
+    one, two = prompt(1, 37), prompt(2, 21)
+    batches = [
+        [BatchEntry(one[:30], 0, [3, 1, 9], "all"), BatchEntry(two[:5], 0, [7, 2], "none")],
+        [BatchEntry(two[5:], 5, [7, 2]), BatchEntry([one[30]], 30, [3, 1, 9])],
+        [BatchEntry([one[31]], 31, [3, 1, 9])],
+        [],
+    ]
+    return [engine.forward(entries).clone() for entries in batches]
+
+
+def greedy(engine: Engine, count: int = 12) -> list[int]:
+    tokens, table = prompt(3, 9), [4, 5, 6]
+    logits = engine.forward([BatchEntry(tokens, 0, table)])
+    start = len(tokens)
+    while len(tokens) < start + count:
+        tokens.append(int(logits[0].argmax()))
+        logits = engine.forward([BatchEntry(tokens[-1:], len(tokens) - 1, table)])
+    return tokens[start:]
+
+
+def check_same(world: Group, files: Sequence[tuple[Case, str]]) -> list[int]:
+    """-> bytes of each case's experts on this rank."""
+    sizes = []
+    groups = {ep_size: ExpertGroups.of(world, ep_size) for ep_size in sorted({case.ep_size for case, _ in files})}
+    for case, path in files:
+        expected = load_file(path)
+        shard = Shard(world.rank, world.size) if case.tp_size > 1 else None
+        own = groups[case.ep_size]
+        plan = plan_of(case, shard, own.shard)
+        engine = Engine(plan, group=world if shard else None, expert_groups=own)
+        engine.warm_up()
+        for number, logits in enumerate(computed(engine)):
+            assert torch.equal(logits, expected[f"{number}"]), (case.name, number)
+        assert greedy(engine) == expected["greedy"].tolist(), case.name
+        layers = engine._decoder._weights.layers
+        sizes.append(sum(part.num_bytes for layer in layers for part in (layer.experts_up, layer.experts_down) if part))
+        engine.close()
+    return sizes
+
+
+def check_two(world: Group, files: Sequence[tuple[Case, str]], model: str) -> list[int]:
+    with pytest.raises(ValueError, match="Invalid ep_size=3 for world_size=2: use a divisor"):
+        ExpertGroups.of(world, 3)
+    plan = plan_of(Case(model), None, ExpertShard.of(1 - world.rank, 2, 2))
+    with pytest.raises(ValueError, match=r"^the experts are those of .*, and this process is "):
+        Engine(plan, expert_groups=ExpertGroups(world, None))
+    with pytest.raises(ValueError, match=r"^expert_groups: the plan has no expert_shard"):
+        Engine(plan_of(Case(model)), expert_groups=ExpertGroups(world, None))
+    return check_same(world, files)
