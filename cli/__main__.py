@@ -45,7 +45,7 @@ Seed = Annotated[int | None, typer.Option(help="the same seed draws the same tok
 @app.command()
 def up(
     model: Annotated[str | None, typer.Option(help="built-in name, Hugging Face id, folder or .gguf file")] = None,
-    prefill: Annotated[int | None, typer.Option(help="prefill workers")] = None,
+    prefill: Annotated[int | None, typer.Option(help="prefill workers; 0: decode workers compute prompts too")] = None,
     decode: Annotated[int | None, typer.Option(help="decode workers")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16")] = None,
     quantization: Annotated[str | None, typer.Option(help="none, int8, int8_dynamic, int4, fp8 or fp6")] = None,

@@ -50,6 +50,22 @@ class Residency:
         sequence.blocks += self._pool.allocate(missing)
         return True
 
+    def take_cached(self, member: Member) -> None:
+        """Has a running member share the blocks that are cached of its history, where these are more than it has
+        computed; one token is left to compute, whose logits are wanted.
+        """
+        sequence = member.sequence
+        if sequence.wants_prompt_logprobs:
+            return
+        cached = self._pool.match(sequence.tokens, sequence.request.cache_salt, len(sequence.tokens) - 1)
+        num_tokens = len(cached) * self._pool.block_tokens
+        if num_tokens <= sequence.num_computed:
+            self._pool.free(cached)
+            return
+        own, sequence.blocks = sequence.blocks[: len(cached)], cached + sequence.blocks[len(cached) :]
+        self._pool.free(own)
+        sequence.num_computed = num_tokens
+
     def resume(self, member: Member, margin: int) -> bool:
         """Gives a preempted member blocks again, if that leaves `margin` free, and what is left of its KV."""
         sequence, block_tokens = member.sequence, self._pool.block_tokens

@@ -2,7 +2,9 @@
 
 A request waits, by priority and then arrival, until the blocks of its history can be had with one to grow by for each
 sequence that is on its way; those that were preempted stand in the same line. Each step takes one token of every
-running sequence, and beside them a chunk of the prompts that are computed here.
+running sequence, and beside them a chunk of the prompts that are computed here. With a budget of tokens per step those
+get what the running sequences leave of it, so that every step is as long as the next: Dynamic SplitFuse, for workers
+that do both phases.
 
 Where the device draws the tokens, a step is launched before those of the step before are known here: what this thread
 does between two steps is done while one computes. A sequence that turns out to have ended is in one step too many,
@@ -49,6 +51,8 @@ RETRY_AFTER_S = 0.5
 class DecodeScheduler:
     """chunk_tokens, max_running: prompt tokens, and sequences, in a step at most. swap: None = recompute.
 
+    batch_tokens: of both in a step at most, more than max_running: prompts then have what sequences leave of it, and
+    not chunk_tokens.
     cores: shared with other workers, whose prompts have them for up to max_pause_s after a step; default: with nobody.
     """
 
@@ -61,6 +65,7 @@ class DecodeScheduler:
         max_running: int,
         max_waiting: int,
         swap: SwapSpace | None,
+        batch_tokens: int | None = None,
         cores: Cores | None = None,
         max_pause_s: float = 0.0,
     ) -> None:
@@ -68,7 +73,7 @@ class DecodeScheduler:
         self._cores, self._max_pause_s = cores or Cores(), max_pause_s
         self.pause_s = 0.0
         self._pool = pool
-        self._chunk_tokens = chunk_tokens
+        self._chunk_tokens, self._batch_tokens = chunk_tokens, batch_tokens
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._residency = Residency(engine, pool, swap)
@@ -277,11 +282,22 @@ class DecodeScheduler:
                 decoding.append(member)
             index += 1
         demands = [Demand(m.group.request.priority, m.group.arrival, m.sequence.remaining) for m in computing]
-        shares = share_budget(demands, self._chunk_tokens, self._chunk_tokens)
-        granted = [(member, share) for member, share in zip(computing, shares, strict=True) if share]
-        chosen = [*decoding, *(member for member, _ in granted)]
-        parts = [*(Part(m.sequence, 1) for m in decoding), *(Part(m.sequence, share) for m, share in granted)]
+        room = self._chunk_tokens if self._batch_tokens is None else self._batch_tokens - len(decoding)
+        shares = share_budget(demands, room, room)
+        chosen, parts = decoding, [Part(member.sequence, 1) for member in decoding]
+        for member, share in zip(computing, shares, strict=True):
+            if share:
+                self._look_again(member)
+                chosen.append(member)
+                parts.append(Part(member.sequence, min(share, member.sequence.remaining)))
         return chosen, parts
+
+    def _look_again(self, member: Member) -> None:
+        """Before a prompt's first chunk: others that begin alike may have computed some of it since its reservation."""
+        group, sequence = member.group, member.sequence
+        if sequence.num_computed == group.cached_tokens and sequence.position == group.request.position:
+            self._residency.take_cached(member)
+            group.cached_tokens = sequence.num_computed
 
     # -- results ----------------------------------------------------------------------------------------------------
 
@@ -296,6 +312,8 @@ class DecodeScheduler:
                 told.pop(group, None)
                 continue
             member.prompt_logprobs += outcome.prompt_logprobs
+            if member.sequence.position == group.request.position:
+                self._commit(member)
             if outcome.sampled:
                 told.setdefault(group, []).extend(self._accept(member, outcome))
         for group, tokens in told.items():
@@ -310,7 +328,6 @@ class DecodeScheduler:
             for index, sampled in zip(sequence.indices, outcome.sampled, strict=True)
         ]
         if len(tokens) > 1:
-            self._pool.commit(sequence.tokens, sequence.blocks, group.request.cache_salt, sequence.num_known)
             going = [(t.index, t.sampled.token_id) for t in tokens if t.sampled and not t.finish]
             group.members.remove(member)
             group.members += self._residency.part(member, going)
@@ -321,6 +338,11 @@ class DecodeScheduler:
         if position == group.request.position:
             group.prompt_logprobs = member.prompt_logprobs
         return tokens
+
+    def _commit(self, member: Member) -> None:
+        """Those who begin alike find what is computed of a prompt."""
+        sequence = member.sequence
+        self._pool.commit(sequence.tokens, sequence.blocks, member.group.request.cache_salt, sequence.num_known)
 
     def _finish(self, group: Group, token_id: int, num_output: int) -> Finish:
         return finish_reason(group.request.params, token_id, num_output, self._engine.plan.eos_token_ids)

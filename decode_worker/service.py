@@ -41,6 +41,7 @@ class DecodeRole(decode_pb2_grpc.DecodeServiceServicer):
             engine,
             pool,
             chunk_tokens=config.chunk_tokens,
+            batch_tokens=config.batch_tokens,
             max_running=config.max_running,
             max_waiting=config.max_waiting,
             swap=SwapSpace(engine.kv, config.swap_memory_mib << 20) if config.preemption == "swap" else None,

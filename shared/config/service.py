@@ -140,6 +140,11 @@ class DecodeConfig(Section):
         default=256, ge=0, description="requests waiting for blocks; one more is RESOURCE_EXHAUSTED"
     )
     chunk_tokens: Positive = Field(default=256, description="prompt tokens computed in one step when prefilling here")
+    batch_tokens: Positive | None = Field(
+        default=None,
+        description="tokens in one step: one of each running sequence, all others of prompts; default: chunk_tokens "
+        "of prompts, however many sequences run",
+    )
     prefix_cache: bool = Field(
         default=True, description="keep the blocks of finished requests for prompts that begin alike"
     )
@@ -308,6 +313,11 @@ class TandemConfig(BaseSettings):
             raise ValueError(
                 f"prefill.chunk_tokens: {self.prefill.chunk_tokens} exceeds prefill.batch_tokens "
                 f"({self.prefill.batch_tokens}); lower the one or raise the other"
+            )
+        if self.decode.batch_tokens is not None and self.decode.batch_tokens <= self.decode.max_running:
+            raise ValueError(
+                f"decode.batch_tokens: {self.decode.batch_tokens} leaves no token to prompts beside decode.max_running "
+                f"({self.decode.max_running}) sequences; raise the one or lower the other"
             )
         return self
 

@@ -55,9 +55,8 @@ class Demand:
     @property
     def smallest_bytes(self) -> int:
         """One worker, of the role that takes less."""
-        return self.weights_bytes + min(
-            self.prefill_bytes, self.decode_bytes if self.num_decode else self.prefill_bytes
-        )
+        roles = ((self.num_prefill, self.prefill_bytes), (self.num_decode, self.decode_bytes))
+        return self.weights_bytes + min((num_bytes for count, num_bytes in roles if count), default=self.prefill_bytes)
 
     @property
     def total_bytes(self) -> int:

@@ -132,7 +132,7 @@ def _quantization(config: TandemConfig, architecture: Architecture) -> Quantizat
 def _batch_tokens(section: PrefillConfig | DecodeConfig) -> int:
     """What a role's scheduler computes at once at most."""
     if isinstance(section, DecodeConfig):
-        return section.chunk_tokens + section.max_running
+        return section.batch_tokens or section.chunk_tokens + section.max_running
     return section.batch_tokens
 
 

@@ -1,5 +1,6 @@
 """`./tandem up` with real processes: ready, serving, and nothing left behind."""
 
+import json
 import os
 import re
 import select
@@ -75,6 +76,21 @@ def test_it_serves_until_a_signal_and_leaves_nothing(number: signal.Signals, tin
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 0, done.stderr
         process.send_signal(number)
+        assert process.wait(30) == 0
+        assert ended(children, timeout_s=0)
+
+
+def test_without_prefill_workers_the_others_do_both_phases(tiny_model: Callable[[str], Path]):
+    flags = ("--model", str(tiny_model("llama")), "--prefill", "0", "--set", "decode.batch_tokens=96")
+    with up(*flags) as (process, text):
+        children = members(process)
+        assert sorted(children.values()) == ["decode_worker", "gateway"]
+        address = re.search(r"gRPC (\S+)", text)[1]
+        command = [ROOT / "tandem", "generate", "hi", "--address", address, "--max-tokens", "4", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1])["usage"]["completion_tokens"] == 4
+        process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         assert ended(children, timeout_s=0)
 

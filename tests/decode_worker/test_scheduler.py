@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import decode_worker.scheduler as scheduler_module
 from decode_worker.group import Ended, Event, Failed, Group, NewTokens, Reserved
 from decode_worker.scheduler import DecodeScheduler
 from kernels.kv_format import GREATEST
 from shared.block_pool import BlockPool
 from shared.engine import Engine
+from shared.step import Outcome, Part, run_step
 from shared.swap_space import SwapSpace
 from tests.ahead import AheadEngine
 from tests.engines import tiny_engine, token_request
@@ -32,6 +34,7 @@ class Bench:
         num_blocks: int = 64,
         swap_blocks: int | None = None,
         chunk_tokens: int = 64,
+        batch_tokens: int | None = None,
         max_running: int = 64,
         max_waiting: int = 64,
         prefix_cache: bool = True,
@@ -43,6 +46,7 @@ class Bench:
             engine,
             self.pool,
             chunk_tokens=chunk_tokens,
+            batch_tokens=batch_tokens,
             max_running=max_running,
             max_waiting=max_waiting,
             swap=self.swap,
@@ -253,6 +257,67 @@ def test_finish_ends_the_outputs_it_names(engine: Engine) -> None:
     after = bench.tokens(group)
     assert (after[0], after[2]) == (before[0], before[2])
     assert len(after[1]) == 30
+    bench.check_empty()
+
+
+def watch_steps(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Of each step that brings a chunk of a prompt, the numbers of tokens: decoding sequences first."""
+    steps: list[list[int]] = []
+
+    def watched(engine: Engine, parts: list[Part]) -> list[Outcome]:
+        steps.append([part.num_tokens for part in parts])
+        return run_step(engine, parts)
+
+    monkeypatch.setattr(scheduler_module, "run_step", watched)
+    return steps
+
+
+def test_with_a_budget_sequences_go_first_and_prompts_fill_the_step(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = watch_steps(monkeypatch)
+    requests = [Request(prompt(length, length), sampling(max_tokens=12)) for length in (70, 50, 3, 33)]
+    bench = Bench(engine, batch_tokens=24, max_running=8)
+    groups = [bench.submit(request) for request in requests]
+    bench.run()
+    bench.check_empty()
+    assert all(sum(step) <= 24 for step in steps)
+    # as long as prompts are left, a step is full
+    filling = [step for step in steps if max(step) > 1]
+    assert all(sum(step) == 24 for step in filling[:-1])
+    assert all(step == sorted(step, key=lambda tokens: tokens > 1) for step in steps)
+    assert any(step[0] == 1 for step in filling)
+    assert [bench.tokens(group) for group in groups] == [alone(engine, request) for request in requests]
+
+
+def test_prompts_that_begin_alike_are_computed_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that came together, and those that come while the first one runs."""
+    steps = watch_steps(monkeypatch)
+    shared = prompt(64, 7)
+    requests = [Request([*shared, *prompt(5, seed)], sampling(max_tokens=6)) for seed in range(4)]
+    bench = Bench(engine, batch_tokens=69, max_running=8)
+    together = [bench.submit(request) for request in requests[:3]]
+    bench.step()
+    bench.step()
+    later = bench.submit(requests[3])
+    bench.run()
+    bench.check_empty()
+    computed = sum(tokens for step in steps for tokens in step if tokens > 1)
+    assert computed == 64 + 4 * 5
+    cached = [bench.events[group][1] for group in (*together, later)]
+    assert [event.cached_tokens for event in cached if isinstance(event, NewTokens)] == [0, 64, 64, 64]
+    everything = [bench.tokens(group) for group in (*together, later)]
+    assert everything == [alone(engine, request) for request in requests]
+
+
+def test_a_prompt_whose_log_probabilities_are_wanted_is_computed_whole(engine: Engine) -> None:
+    bench = Bench(engine, batch_tokens=80, max_running=8)
+    first = bench.submit(Request(prompt(40), sampling(max_tokens=2)))
+    second = bench.submit(Request(prompt(40), sampling(max_tokens=2, prompt_logprobs=1)))
+    bench.run()
+    reports = [len(event.prompt_logprobs) for event in bench.events[second] if isinstance(event, NewTokens)]
+    assert sum(reports) == 39
+    assert bench.tokens(first) == bench.tokens(second)
     bench.check_empty()
 
 

@@ -71,6 +71,8 @@ INLINE = (("transport.disable", ["shared_memory"]), ("transport.checksum", True)
 SMALL_AND_LARGE = (("prefill.block_tokens", 8), ("decode.block_tokens", 32))
 SWAP = (("decode.num_blocks", 40), ("decode.preemption", "swap"))
 RECOMPUTE = (("decode.num_blocks", 40), ("decode.preemption", "recompute"))
+# workers of both phases; no request has more outputs than may run
+SPLIT_FUSE = (("decode.max_running", 32), ("decode.batch_tokens", 48))
 
 # each of the surroundings below at least once, several at a time: starting processes is what takes long here
 TOGETHER = (
@@ -78,7 +80,8 @@ TOGETHER = (
     Case("chunk 16, one thread, prefix cache off", settings=(*CHUNK_16, *UNCACHED, ("threads", 1))),
     Case("2P2D, inline, blocks of 8 and 32", prefill=2, decode=2, settings=(*INLINE, *SMALL_AND_LARGE), inline=True),
     Case("preempted by swap", settings=SWAP, preempts=True),
-    Case("local prefill, preempted by recompute", prefill=0, settings=RECOMPUTE, preempts=True),
+    Case("both phases in one, preempted by recompute", prefill=0, settings=(*RECOMPUTE, *SPLIT_FUSE), preempts=True),
+    Case("both phases in one, and a prefix cache hit in full", prefill=0, settings=SPLIT_FUSE, repeat=2, caches=True),
     Case("prefill's blocks are larger", settings=(("prefill.block_tokens", 64),), repeat=2),
 )
 # one at a time, to find out which it is
@@ -93,6 +96,8 @@ ALONE = (
     Case("1P2D", decode=2),
     Case("2P2D", prefill=2, decode=2),
     Case("local prefill", prefill=0),
+    Case("both phases in each of two", prefill=0, decode=2, settings=SPLIT_FUSE, repeat=2),
+    Case("both phases in one, preempted by swap", prefill=0, settings=(*SWAP, *SPLIT_FUSE), preempts=True),
     Case("inline transport", settings=INLINE, inline=True),
     Case("decode's blocks are larger", settings=SMALL_AND_LARGE),
     Case("preempted by recompute", settings=RECOMPUTE, preempts=True),

@@ -79,6 +79,10 @@ def test_a_broken_file_is_named(clean: Path):
             "prefill.kv_dtype: bfloat16, and dtype is",
         ),
         ({"prefill": {"chunk_tokens": 600}}, r"prefill.chunk_tokens: 600 exceeds prefill.batch_tokens \(512\)"),
+        (
+            {"decode": {"batch_tokens": 64}},
+            r"decode.batch_tokens: 64 leaves no token to prompts beside decode.max_running \(64\) sequences",
+        ),
         ({"gateway": {"decode_workers": []}}, "gateway.decode_workers: empty"),
         ({"gateway": {"decode_workers": ["a:1", "b"]}}, r"gateway.decode_workers.1: is not host:port.*\(got 'b'\)"),
         ({"gateway": {"prefill_workers": ["a:http"]}}, "gateway.prefill_workers.0: is not host:port"),

@@ -187,3 +187,9 @@ def test_no_limits_at_all(tmp_path: Path) -> None:
     for proc in (tmp_path / "proc", tmp_path / "nowhere"):
         cgroup = Cgroup(proc, tmp_path / "cgroup")
         assert (cgroup.memory_bytes, cgroup.cpus, cgroup.processes) == (None, None, None)
+
+
+def test_without_prefill_workers_the_least_is_what_a_decode_worker_takes(tmp_path: Path) -> None:
+    container = host(tmp_path, *SETTINGS, "up.prefill=0", files={"sys/fs/cgroup/memory.max": f"{600 << 20}\n"})
+    finding = the(limits.memory(container), "memory limit too low")
+    assert "one worker alone takes 968 MiB" in finding.message
