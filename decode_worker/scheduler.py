@@ -38,6 +38,7 @@ from shared.block_pool import BlockPool
 from shared.cores import Cores
 from shared.engine import Engine
 from shared.engine_thread import Load
+from shared.parallel.group import GroupError
 from shared.rpc import RpcError, exhausted, internal, stale
 from shared.sampling_params import finish_reason
 from shared.sequence import Sequence
@@ -169,6 +170,8 @@ class DecodeScheduler:
         try:
             with self._cores.computing():
                 outcomes = run_step(self._engine, parts)
+        except GroupError:  # the ranks have lost each other: no step can follow
+            raise
         except Exception as error:  # these sequences' blocks may hold anything, and nobody else's do
             self._fail(list(dict.fromkeys(member.group for member in chosen)), internal(error))
             return True

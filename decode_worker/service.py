@@ -44,7 +44,7 @@ class DecodeRole(decode_pb2_grpc.DecodeServiceServicer):
             batch_tokens=config.batch_tokens,
             max_running=config.max_running,
             max_waiting=config.max_waiting,
-            swap=SwapSpace(engine.kv, config.swap_memory_mib << 20) if config.preemption == "swap" else None,
+            swap=SwapSpace(engine.caches, config.swap_memory_mib << 20) if config.preemption == "swap" else None,
             cores=site.cores,
             max_pause_s=config.max_pause_s,
         )

@@ -18,6 +18,7 @@ from shared.block_pool import BlockPool, OutOfBlocks
 from shared.cores import Cores
 from shared.engine import Engine
 from shared.engine_thread import Load
+from shared.parallel.group import GroupError
 from shared.rpc import RpcError, exhausted, internal
 from shared.step import Outcome, Part, run_step
 from shared.token_budget import Demand, share_budget
@@ -100,6 +101,8 @@ class PrefillScheduler:
         try:
             with self._cores.computing():
                 outcomes = run_step(self._engine, parts)
+        except GroupError:  # the ranks have lost each other: no step can follow
+            raise
         except Exception as error:  # these prompts' blocks may hold anything, and nobody else's do
             self._fail(chosen, internal(error))
             return True

@@ -38,10 +38,14 @@ def parse_arguments(role: str, argv: Sequence[str] | None = None) -> Arguments:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="wins over the file and the environment"
     )
+    section = role.removesuffix("_worker")
+    if section != role:
+        parser.add_argument("--tp", type=int, metavar="N", help=f"ranks of this worker; as --set {section}.tp=N")
     parser.add_argument("--die-with-parent", action="store_true", help="get SIGTERM when the parent process ends")
     options = parser.parse_args(argv)
+    ranks = [f"{section}.tp={options.tp}"] if getattr(options, "tp", None) is not None else []
     try:
-        config = load_config(options.config, parse_overrides(options.set))
+        config = load_config(options.config, parse_overrides([*options.set, *ranks]))
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     return Arguments(config, options.die_with_parent)
@@ -67,14 +71,14 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
-def die_with_parent() -> None:
-    """Asks the kernel for SIGTERM when the parent ends, and ends now if it ended meanwhile.
+def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Asks the kernel for a signal when the parent ends, and ends now if it ended meanwhile.
 
     A parent with process id 1 is no sign of an orphan: in a container `tandem up` has it. A process whose parent ended
     before this call finds nobody at the other end of the pipe that takes its ready line, and ends there.
     """
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         sys.exit(0)
 

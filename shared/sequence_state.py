@@ -53,6 +53,8 @@ class SequenceState:
 
         Raises ValueError for states of two sequences or layouts, and for heads that are missing between them.
         """
+        if len(states) == 1:
+            return states[0]
         first, *rest = sorted(states, key=lambda state: state.layout.first_kv_head)
         parts, next_head = [first._planes()], first.layout.first_kv_head + first.layout.num_kv_heads
         for state in rest:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import grpc
-import torch
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 
 from shared.address import bracketed, reachable
@@ -27,19 +26,15 @@ from shared.arguments import Arguments, die_with_parent
 from shared.auth import Access, RequireKey
 from shared.config import ApiKey, ConfigError, DecodeConfig, PrefillConfig, TandemConfig
 from shared.cores import Cores
-from shared.engine import EncoderEngine, Engine, EnginePlan
 from shared.engine_thread import EngineThread, Scheduler
+from shared.kv_cache import KvLayout
 from shared.load_board import LoadBoard
 from shared.logs import configure_logs
 from shared.model_files import ModelError
-from shared.model_store import ModelStore
 from shared.rpc import Health, RpcError, create_server
 from shared.token_request import Limits
-from shared.transport.cuda import CudaDriver
-from shared.transport.device_pool import DevicePool
-from shared.transport.pool import Pool
-from shared.transport.pool_memory import PoolMemory
 from shared.transport.wire import layout_to_proto
+from shared.worker_engine import Loaded, load_engine
 from shared.worker_service import WorkerService
 
 log = logging.getLogger(__name__)
@@ -78,14 +73,14 @@ class Site:
     def __init__(
         self,
         config: TandemConfig,
-        engine: Engine | EncoderEngine,
-        pools: Sequence[Pool],
+        loaded: Loaded,
         worker_id: str,
         address: str,
     ) -> None:
         self.config = config
-        self.engine = engine
-        self.pools = pools  # one for each rank, in their order; none of a model that embeds
+        self.engine, self.pools, self.followers = engine, pools, _ = loaded
+        # of the worker, whichever heads a rank has
+        self.layout = KvLayout.joined([pool.layout for pool in pools]) if pools else engine.plan.layout
         self.worker_id = worker_id
         self.address = address  # host:port at which others reach this worker
         self.board = LoadBoard()
@@ -139,9 +134,9 @@ class WorkerServer:
             ) from None
         address = f"{bracketed(told)}:{port}"
         try:
-            engine, pools = await asyncio.to_thread(_load_engine, config, section)
+            loaded = await asyncio.to_thread(load_engine, config, section)
             worker_id = f"{type(section).__name__[0].lower()}-{secrets.token_hex(6)}"
-            site = Site(config, engine, pools, worker_id, address)
+            site = Site(config, loaded, worker_id, address)
             worker = cls(site, create_role(site), server)
             await worker._serve()
         except BaseException:
@@ -158,6 +153,11 @@ class WorkerServer:
     async def stop(self, drain_s: float) -> None:
         """Admits no more requests, gives those that run `drain_s` seconds, ends the rest and hands everything back."""
         self._site.board.drain()
+        followers = self._site.followers
+        if followers is not None:
+            followers.unwatch()
+            if self.failed.done():
+                followers.kill()  # the engine thread may wait for one of them
         if self._watch:
             self._watch.cancel()
         await self._health.set(False)
@@ -168,8 +168,13 @@ class WorkerServer:
             log.warning("%d requests did not end within %g s and are cut off", self._site.board.running, drain_s)
         await self._server.stop(0.1)
         await self._role.close()
+        is_lost = self.failed.done() or self._thread.silent_s > WEDGED_AFTER_S
+        if followers is not None and is_lost:
+            followers.kill()
         await self._thread.stop()
         self._site.cores.leave()
+        if followers is not None:
+            await asyncio.to_thread(followers.stop, orderly=not is_lost)
         self._site.engine.close()
         for pool in self._site.pools:
             pool.close()
@@ -178,12 +183,15 @@ class WorkerServer:
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(self._info, self._site.board), self._server)
         await self._role.start(self._server, self._thread)
         self._thread.start()
+        if self._site.followers is not None:
+            self._site.followers.watch(self._fail)
         await self._health.set(True)
         self._watch = asyncio.create_task(self._watch_health())
         await self._server.start()
 
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():
+            log.error("this worker has failed: %s", error)
             self.failed.set_exception(error)
 
     def _info(self) -> worker_pb2.GetInfoResponse:
@@ -194,11 +202,12 @@ class WorkerServer:
             family=plan.architecture.family,
             max_context=plan.max_context,
             vocab_size=plan.architecture.vocab_size,
-            layout=layout_to_proto(plan.layout),
+            layout=layout_to_proto(self._site.layout),
             device=plan.device,
             dtype=plan.dtype,
             num_blocks=self._site.limits.num_blocks,
             max_running=plan.max_running,
+            tp=max(1, len(self._site.pools)),
         )
         self._role.describe(info)
         return info
@@ -256,24 +265,3 @@ async def _run(
         return 1
     await worker.stop(config.drain_s)
     return 0
-
-
-def _load_engine(
-    config: TandemConfig, section: PrefillConfig | DecodeConfig
-) -> tuple[Engine | EncoderEngine, list[Pool]]:
-    files = ModelStore().resolve(config.model, allow_pickle=config.allow_pickle)
-    plan = EnginePlan.of(config, section, files)
-    if plan.pooling is not None:
-        encoder = EncoderEngine(plan, plan.pooling)
-        encoder.warm_up()
-        return encoder, []
-    on_cpu = plan.device == "cpu"
-    # beside a pool on a device only what cannot be reached there is ever touched
-    memory = PoolMemory(plan.pool_bytes, populate=on_cpu)
-    device = None
-    if not on_cpu:
-        driver = CudaDriver(torch.cuda.current_device())
-        device = DevicePool(driver, plan.pool_bytes, export=config.transport.cuda_export)
-    engine = Engine(plan, device or memory)
-    engine.warm_up()
-    return engine, [Pool(plan.layout, memory, device)]

@@ -50,6 +50,7 @@ def _check_target(value: str) -> str:
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
+Ranks = Annotated[int, Field(ge=1, le=64)]
 Seconds = Annotated[float, Field(gt=0)]
 QuantizationMode = Literal["none", "int8", "int8_dynamic", "int4", "fp8", "fp6"]
 KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
@@ -105,7 +106,8 @@ class PrefillConfig(Section):
         "and told is that of this host's name",
     )
     port: Port = Field(default=50061, description="gRPC port, 0 = any free one")
-    kv_memory_mib: Positive = Field(default=256, description="size of the KV pool, MiB")
+    tp: Ranks | None = Field(default=None, description="tp of these workers; default: the common one")
+    kv_memory_mib: Positive = Field(default=256, description="size of the KV pool, MiB; of several, of all together")
     num_blocks: Positive | None = Field(
         default=None, description="size of the KV pool in blocks, instead of kv_memory_mib"
     )
@@ -127,7 +129,8 @@ class PrefillConfig(Section):
 class DecodeConfig(Section):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: Port = Field(default=50071, description="gRPC port, 0 = any free one")
-    kv_memory_mib: Positive = Field(default=512, description="size of the KV pool, MiB")
+    tp: Ranks | None = Field(default=None, description="tp of these workers; default: the common one")
+    kv_memory_mib: Positive = Field(default=512, description="size of the KV pool, MiB; of several, of all together")
     num_blocks: Positive | None = Field(
         default=None, description="size of the KV pool in blocks, instead of kv_memory_mib"
     )
@@ -244,7 +247,12 @@ class TandemConfig(BaseSettings):
     max_context: Positive | None = Field(
         default=None, description="tokens of prompt and output; default: the model's own"
     )
-    threads: Positive | None = Field(default=None, description="CPU threads of each worker; default: all cores")
+    tp: Ranks = Field(
+        default=1, description="processes that compute a worker's model in parallel, each with a slice of its heads"
+    )
+    threads: Positive | None = Field(
+        default=None, description="CPU threads of each worker, all its ranks together; default: all cores"
+    )
     allow_pickle: bool = Field(
         default=False, description="accept pickle checkpoints (.bin, .pt), read with weights_only"
     )
@@ -282,6 +290,10 @@ class TandemConfig(BaseSettings):
         """Tokens in a KV block of a role."""
         return section.block_tokens or self.block_tokens
 
+    def tp_of(self, section: PrefillConfig | DecodeConfig) -> int:
+        """Ranks of a worker of a role."""
+        return section.tp or self.tp
+
     @property
     def model_name(self) -> str:
         """The name that clients use."""
@@ -297,6 +309,11 @@ class TandemConfig(BaseSettings):
                 raise ValueError(
                     f"{level}kv_dtype: {section.kv_dtype}, and dtype is {self.weights_dtype}: keys and values that are "
                     "not int8 or fp8 are kept as they are computed; use auto, or change one of the two"
+                )
+            if (section.tp or 1) > 1 and self.device == "cuda":
+                raise ValueError(
+                    f"{level}tp: {section.tp}, and device is cuda: ranks compute on a CPU alone; use device: cpu, or a "
+                    "worker of tp 1 on each GPU"
                 )
         if self.quantization_exclude and self.quantization == "none":
             raise ValueError(

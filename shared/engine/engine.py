@@ -90,6 +90,12 @@ class Engine:
         # begins a step before the one before has ended; None on a CPU, whose cores have the step to compute
         self.launch: Launch | None = getattr(self._runner, "launch", None)
 
+    @property
+    def caches(self) -> tuple[KvCache, ...]:
+        """The pools in which a block that schedulers give away is a block: this one's, and those of other ranks that
+        only this process copies blocks of."""
+        return (self.kv,)
+
     def use_thread(self) -> None:
         """Called once on each thread that runs forwards: torch counts threads for each thread that calls it."""
         torch.set_num_threads(self.plan.num_threads)
@@ -136,8 +142,9 @@ class Engine:
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copies blocks within the pool, in order. Each block is one contiguous range."""
-        for source, target in zip(sources, targets, strict=True):
-            self.kv.pool[target].copy_(self.kv.pool[source])
+        for kv in self.caches:
+            for source, target in zip(sources, targets, strict=True):
+                kv.pool[target].copy_(kv.pool[source])
 
     def grow(self, num_blocks: int) -> None:
         """Moves to a pool of its own with more blocks, which keep their numbers and what they hold."""

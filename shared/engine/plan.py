@@ -69,23 +69,30 @@ class EnginePlan:
         pooling = Pooling.load(files.folder) if policy.kind == "encoder" else None
         if pooling is not None:
             _check_embeds(architecture, section)
-        layout = KvLayout.of(
-            architecture,
-            files.digest_as(config.weights_form),
-            config.kv_dtype_of(section),
-            config.block_tokens_of(section),
-            shard,
-        )
+        ranks = [None] if shard is None else [replace(shard, rank=rank) for rank in range(shard.size)]
+        layouts = [
+            KvLayout.of(
+                architecture,
+                files.digest_as(config.weights_form),
+                config.kv_dtype_of(section),
+                config.block_tokens_of(section),
+                rank,
+            )
+            for rank in ranks
+        ]
+        layout = layouts[0 if shard is None else shard.rank]
         own = pooling.max_tokens if pooling and pooling.max_tokens else architecture.max_context
         max_context = config.max_context or min(own, architecture.max_context)
         if max_context > architecture.max_context:
             raise ConfigError(f"max_context: {max_context} exceeds the model's own, {architecture.max_context}")
-        num_blocks = section.num_blocks or (section.kv_memory_mib << 20) // layout.block_bytes
+        # a block of the worker is one on each rank
+        block_bytes = sum(layout.block_bytes for layout in layouts)
+        num_blocks = section.num_blocks or (section.kv_memory_mib << 20) // block_bytes
         if pooling is not None:
             num_blocks = 1
         elif num_blocks < 2:
             raise ConfigError(
-                f"kv_memory_mib: a pool of {num_blocks} blocks of {layout.block_bytes} bytes is too small; raise it"
+                f"kv_memory_mib: a pool of {num_blocks} blocks of {block_bytes} bytes is too small; raise it"
             )
         return cls(
             files=files,
@@ -98,7 +105,7 @@ class EnginePlan:
             max_context=max_context,
             batch_tokens=_batch_tokens(section),
             max_running=section.max_running,
-            num_threads=config.threads or len(os.sched_getaffinity(0)),
+            num_threads=max(1, (config.threads or len(os.sched_getaffinity(0))) // len(ranks)),
             deterministic=config.deterministic,
             # prompts are of any length, and a step of theirs is worth its launches
             enable_cuda_graph=config.enable_cuda_graph and isinstance(section, DecodeConfig),

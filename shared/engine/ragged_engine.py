@@ -76,7 +76,7 @@ class RaggedEngine:
         blocks = num_blocks(plan.layout, limits, plan.max_context, free_memory(device))
         self.plan = replace(plan, num_blocks=blocks)
         self._engine = Engine(self.plan, weights=self._weights)
-        self._swap = SwapSpace(self._engine.kv, None)
+        self._swap = SwapSpace(self._engine.caches, None)
         self._sequences = RaggedSequences(blocks, block_tokens, max_tracked=limits.max_tracked_sequences)
 
     # -- computing --------------------------------------------------------------------------------------------------

@@ -27,10 +27,11 @@ class PoolMemory:
     """num_bytes of zeroed shared memory, mapped here for reading and writing.
 
     populate: touch every page now, which is quicker than at first use and fails at start when memory is short.
-    Its size is sealed, so that a reader can never meet SIGBUS, and so is writing from outside.
+    Its size is sealed, so that a reader can never meet SIGBUS, and so is writing from outside. is_sealed: False leaves
+    writing open until `seal`, for the processes that compute into it: they map it by `descriptor` before.
     """
 
-    def __init__(self, num_bytes: int, *, populate: bool = True) -> None:
+    def __init__(self, num_bytes: int, *, populate: bool = True, is_sealed: bool = True) -> None:
         if num_bytes < 1:
             raise ValueError(f"num_bytes: {num_bytes} is not positive")
         self.num_bytes = num_bytes
@@ -39,10 +40,20 @@ class PoolMemory:
             os.ftruncate(self._fd, num_bytes)
             flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
             self._map: mmap.mmap | None = mmap.mmap(self._fd, num_bytes, flags=flags)
-            _seal(self._fd)
+            if is_sealed:
+                self.seal()
         except BaseException:
             os.close(self._fd)
             raise
+
+    @property
+    def descriptor(self) -> int:
+        """Of the memory file, which stays this object's; it can be mapped for writing until `seal`."""
+        return self._fd
+
+    def seal(self) -> None:
+        """From now on nobody can map it for writing. Mappings that there are stay writable."""
+        _seal(self._fd)
 
     @property
     def buffer(self) -> memoryview:
@@ -75,6 +86,30 @@ class PoolMemory:
         if self._map is not None:
             self._map = None
             os.close(self._fd)
+
+
+class MappedMemory:
+    """The memory of a pool as a rank of the same worker sees it, mapped for reading and writing."""
+
+    def __init__(self, fd: int, num_bytes: int) -> None:
+        """fd: PoolMemory.descriptor of memory that is not sealed yet, taken over. Raises OSError."""
+        try:
+            if (size := os.fstat(fd).st_size) != num_bytes:
+                raise OSError(f"the pool's memory has {size} bytes, not {num_bytes}")
+            self._map = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        finally:
+            os.close(fd)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The bytes as uint8 [num_bytes]."""
+        import torch
+
+        return torch.frombuffer(memoryview(self._map), dtype=torch.uint8)
+
+    def mark(self) -> int:
+        """0: what a CPU was told to compute is done."""
+        return 0
 
 
 def _create(name: str) -> int:

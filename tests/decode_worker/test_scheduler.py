@@ -41,7 +41,7 @@ class Bench:
     ) -> None:
         self.engine = engine
         self.pool = BlockPool(num_blocks, 16, prefix_cache=prefix_cache, model_digest="tiny")
-        self.swap = None if swap_blocks is None else SwapSpace(engine.kv, swap_blocks * engine.kv.block_bytes)
+        self.swap = None if swap_blocks is None else SwapSpace(engine.caches, swap_blocks * engine.kv.block_bytes)
         self.scheduler = DecodeScheduler(
             engine,
             self.pool,

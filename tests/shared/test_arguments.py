@@ -36,6 +36,14 @@ def test_flags_win_over_the_file(tmp_path, monkeypatch) -> None:  # type: ignore
     assert not arguments.die_with_parent
 
 
+def test_workers_take_their_ranks_as_a_flag() -> None:
+    arguments = parse_arguments("prefill_worker", ["--tp", "2", "--set", "decode.tp=3"])
+    config = arguments.config
+    assert (config.tp_of(config.prefill), config.tp_of(config.decode)) == (2, 3)
+    with pytest.raises(SystemExit):
+        parse_arguments("gateway", ["--tp", "2"])
+
+
 def test_a_refused_configuration_names_its_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         parse_arguments("decode_worker", ["--set", "decode.ports=3"])

@@ -124,7 +124,7 @@ def test_blocks_that_hold_no_such_tokens_are_refused(blocks: torch.Tensor):
 
 def test_a_swap_space_has_room_for_so_many_bytes():
     kv = filled(LAYOUT)
-    swap = SwapSpace(kv, 3 * LAYOUT.block_bytes)
+    swap = SwapSpace([kv], 3 * LAYOUT.block_bytes)
     before = kv.pool.clone()
     one = swap.save([1, 2], 9)
     assert one is not None
@@ -136,5 +136,5 @@ def test_a_swap_space_has_room_for_so_many_bytes():
     swap.drop(other)
     assert swap.used_bytes == 0
     assert torch.equal(kv.pool[3:5], before[1:3])
-    unlimited = SwapSpace(kv, None)
+    unlimited = SwapSpace([kv], None)
     assert unlimited.save([1, 2, 3, 4, 5, 6], 48)

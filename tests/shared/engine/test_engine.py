@@ -13,7 +13,9 @@ from shared.batch import BatchEntry
 from shared.config import ConfigError, QuantizationMode, load_config
 from shared.engine import Engine, EnginePlan
 from shared.graphs import make_buckets
+from shared.kv_cache import KvLayout
 from shared.model_store import ModelStore
+from shared.parallel.sharding import Shard
 from tests.engines import tiny_engine
 
 MakeModel = Callable[[str], Path]
@@ -117,6 +119,20 @@ def test_weights_that_are_left_out_are_part_of_the_digest_and_have_to_be_there(t
     assert layouts[2] == layouts[3], "the order says nothing"
     with pytest.raises(ConfigError, match=r"no weight is called embedding, layers\.9\.\*; there are layers\.0\.qkv, "):
         plan(model, quantization="int8", quantization_exclude="layers.9.*,embedding,lm_head")
+
+
+def test_ranks_have_one_number_of_blocks_and_share_the_threads(tiny_model: MakeModel) -> None:
+    """As many as one process has in the same memory, however uneven the ranks' heads are: 2, 2, 1 and 1."""
+    model = tiny_model("bloom")
+    config = load_config(None, {"model": str(model), "threads": 9, "decode": {"kv_memory_mib": 1}})
+    files = ModelStore().resolve(str(model))
+    alone = EnginePlan.of(config, config.decode, files)
+    ranks = [EnginePlan.of(config, config.decode, files, Shard(rank, 4)) for rank in range(4)]
+    assert [plan.layout.num_kv_heads for plan in ranks] == [2, 2, 1, 1]
+    assert {plan.num_blocks for plan in ranks} == {alone.num_blocks}
+    assert sum(plan.pool_bytes for plan in ranks) == alone.pool_bytes <= 1 << 20
+    assert ({plan.num_threads for plan in ranks}, alone.num_threads) == ({2}, 9)
+    assert KvLayout.joined([plan.layout for plan in ranks]) == alone.layout
 
 
 def test_a_quantized_engine_replays_what_it_computes_in_a_prompt(tiny_model: MakeModel) -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from shared.transport.pool_memory import PoolMemory
+from shared.transport.pool_memory import MappedMemory, PoolMemory
 
 PAGE = mmap.PAGESIZE
 
@@ -96,6 +96,25 @@ def test_close_gives_descriptors_back_and_leaves_tensors_in_place(held):
     del tensor
     assert held()[0] <= before[0]
     assert held()[1] == before[1]
+
+
+def test_ranks_map_it_for_writing_before_it_is_sealed_and_nobody_after(held):
+    before = held()
+    memory = PoolMemory(PAGE, is_sealed=False)
+    with pytest.raises(OSError, match=f"has {PAGE} bytes, not {2 * PAGE}"):
+        MappedMemory(os.dup(memory.descriptor), 2 * PAGE)
+    rank = MappedMemory(os.dup(memory.descriptor), PAGE)
+    memory.seal()
+    with pytest.raises(PermissionError):
+        MappedMemory(os.dup(memory.descriptor), PAGE)
+    rank.tensor[3] = 7
+    memory.tensor[4] = 8
+    assert (memory.buffer[3], int(rank.tensor[4]), rank.mark()) == (7, 8, 0)
+    with pytest.raises(OSError):  # noqa: PT011
+        os.ftruncate(memory.descriptor, 2 * PAGE)
+    memory.close()
+    del rank
+    assert held() == before
 
 
 def test_refuses_an_empty_pool():

@@ -1,0 +1,75 @@
+"""The engine of a worker's leading rank: what it computes, the worker's other ranks compute with it.
+
+Each rank has a pool of its own heads. All of them belong to this worker: a rank writes what a forward computes, into
+the blocks that its entries name; between forwards the leading rank alone copies blocks, out of every pool and into it,
+and the other ranks have answered before a forward returns. So no two ever write one block, and a block that is freed
+here is free on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from shared.batch import BatchEntry
+from shared.engine.engine import Engine
+from shared.engine.plan import EnginePlan
+from shared.kv_cache import KvCache
+from shared.models.weights import ModelWeights
+from shared.parallel.entries import encode_entries
+from shared.parallel.followers import Followers
+from shared.parallel.group import Group, GroupError
+from shared.parallel.link import Kind
+from shared.parallel.start import TIMEOUT_S
+from shared.penalties import SampleRow
+from shared.transport.pool import Pool
+
+
+class LeadingEngine(Engine):
+    """An engine whose forwards are of all ranks. A forward that fails on any of them raises GroupError: the others may
+    wait for it, and no other forward can follow."""
+
+    def __init__(
+        self, plan: EnginePlan, pools: Sequence[Pool], followers: Followers, *, weights: ModelWeights, group: Group
+    ) -> None:
+        """pools: of all ranks in their order. The followers have been told to JOIN."""
+        super().__init__(plan, pools[0].memory, weights=weights, group=group)
+        self._followers = followers
+        self._others = [KvCache(pool.layout, pool.num_blocks, memory=pool.memory.tensor) for pool in pools[1:]]
+        self._expect()
+
+    @property
+    def caches(self) -> tuple[KvCache, ...]:
+        return self.kv, *self._others
+
+    @property
+    def description(self) -> str:
+        return f"{super().description}, {len(self.caches)} ranks"
+
+    def warm_up(self) -> None:
+        self._followers.tell(Kind.WARM_UP)
+        super().warm_up()
+        self._expect()
+
+    def forward(self, entries: Sequence[BatchEntry]) -> Tensor:
+        self._followers.tell(Kind.FORWARD, encode_entries(entries))
+        try:
+            logits = super().forward(entries)
+        except GroupError:
+            raise
+        except Exception as error:
+            raise GroupError(f"rank 0: {type(error).__name__}: {error}") from error
+        self._expect()
+        return logits
+
+    def step(self, entries: Sequence[BatchEntry], rows: Sequence[SampleRow]) -> tuple[list[int | None], Tensor]:
+        return [None] * len(rows), self.forward(entries)
+
+    def close(self) -> None:
+        for cache in self._others:
+            cache.close()
+        super().close()
+
+    def _expect(self) -> None:
+        self._followers.expect(TIMEOUT_S)
