@@ -17,11 +17,14 @@ from torch import Tensor
 
 from shared.engine.engine import Engine
 from shared.engine.plan import EnginePlan
+from shared.engine.ranks import least
 from shared.engine.session import Pool, Session
 from shared.kv_cache import KvLayout
 from shared.models.architecture import Architecture
 from shared.models.quantization import QuantizationPlan
 from shared.models.weights import ModelWeights
+from shared.parallel.group import Group
+from shared.parallel.sharding import Shard
 
 _BLOCK_TOKENS = 16
 _ROWS_AT_FIRST = 4  # sequences of full length that the first pool holds; it grows with the batch
@@ -48,13 +51,18 @@ class CausalLM:
         *,
         device: str,
         enable_cuda_graph: bool,
+        group: Group | None = None,
+        shard: Shard | None = None,
     ) -> None:
-        """model: a PreTrainedModel whose class and configuration `module` has; its weights are not looked at."""
+        """model: a PreTrainedModel whose class and configuration `module` has; its weights are not looked at.
+
+        group: the ranks that compute it, all of which make the same calls; shard: what of it the weights are.
+        """
         from shared.engine.hugging_face import shell_of
 
         dtype = weights.embedding.dtype
         max_context = min(limits.max_out_tokens, architecture.max_context)
-        layout = KvLayout.of(architecture, "", str(dtype).removeprefix("torch."), _BLOCK_TOKENS)
+        layout = KvLayout.of(architecture, "", str(dtype).removeprefix("torch."), _BLOCK_TOKENS, shard=shard)
         plan = EnginePlan(
             files=None,
             architecture=architecture,
@@ -62,7 +70,7 @@ class CausalLM:
             layout=layout,
             quantization=QuantizationPlan(),
             device=device,
-            num_blocks=_num_blocks(layout, max_context, limits.min_out_tokens, device),
+            num_blocks=_num_blocks(layout, max_context, limits.min_out_tokens, device, group),
             max_context=max_context,
             batch_tokens=max_context,
             max_running=_MAX_RUNNING,
@@ -71,8 +79,9 @@ class CausalLM:
             enable_cuda_graph=enable_cuda_graph,
             eos_token_ids=(),
             allow_pickle=False,
+            shard=shard,
         )
-        self.engine = Engine(plan, weights=weights)
+        self.engine = Engine(plan, weights=weights, group=group)
         self._pool = Pool(self.engine)
         self._max_tokens = max_context
         self._kind, self._vocab_size = type(model), architecture.vocab_size
@@ -251,17 +260,17 @@ def _no_parameters(name: str) -> Callable[..., Any]:
     return refuse
 
 
-def _num_blocks(layout: KvLayout, max_context: int, min_tokens: int, device: str) -> int:
-    """Of the first pool. Raises RuntimeError where there is no memory for the least that is asked for."""
+def _num_blocks(layout: KvLayout, max_context: int, min_tokens: int, device: str, group: Group | None) -> int:
+    """Of the first pool, as many on all ranks. Raises RuntimeError where there is no memory for the least asked for."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if device == "cuda":
         free = torch.cuda.mem_get_info()[0]
-    affordable = free // 2 // layout.block_bytes
-    least = -(-min_tokens // layout.block_tokens) + 1
-    if affordable < least:
+    affordable = least(group, free // 2 // layout.block_bytes)
+    needed = -(-min_tokens // layout.block_tokens) + 1
+    if affordable < needed:
         raise RuntimeError(
             f"Workspace can't be allocated, not enough memory: {min_tokens} tokens (min_out_tokens) take "
-            f"{least * layout.block_bytes} bytes of keys and values, and {free} are free"
+            f"{needed * layout.block_bytes} bytes of keys and values, and {free} are free"
         )
     wanted = _ROWS_AT_FIRST * -(-max_context // layout.block_tokens) + 1
-    return max(min(wanted, affordable), least, 2)
+    return max(min(wanted, affordable), needed, 2)

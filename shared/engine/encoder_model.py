@@ -16,7 +16,11 @@ from shared.checkpoint import Checkpoint, CheckpointError
 from shared.checkpoint.state_dict import StateDictCheckpoint
 from shared.models.encoder import Encoder
 from shared.models.quantization import QuantizationPlan
+from shared.models.ranks import Ranks
 from shared.models.weights import load_weights
+from shared.parallel.group import Group
+from shared.parallel.partition import Partition
+from shared.parallel.sharding import Shard
 from shared.policies.bert import BERT, ROBERTA
 from shared.policies.clip import CLIP_TEXT, CLIP_VISION
 from shared.policies.distilbert import DISTILBERT
@@ -53,14 +57,18 @@ class EncoderModel:
         dtype: torch.dtype,
         quantization: QuantizationPlan,
         device: str,
+        group: Group | None = None,
+        shard: Shard | None = None,
     ) -> None:
         """model: a PreTrainedModel with encoders_of it, which stays as it is. checkpoint: default, its own weights.
+        group: the ranks that compute it, all of which make the same calls; shard: which of its encoders' parts to load.
 
         Raises ValueError where those are on the meta device and no checkpoint is given, UnsupportedModelError or
         CheckpointError for encoders that cannot be made.
         """
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
         self._quantization = quantization
+        self._group, self._shard = group, shard
         if checkpoint is None and any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("checkpoint: the model's weights are on the meta device; say where they are")
         self._tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -103,9 +111,11 @@ class EncoderModel:
             device=self._device,
             quantization=self._quantization,
             policy=policy,
+            shard=self._shard,
         )
         weights.probe()
-        encoder = Encoder(architecture, weights)
+        ranks = Ranks(self._group, Partition(architecture, self._shard)) if self._group and self._shard else None
+        encoder = Encoder(architecture, weights, ranks=ranks)
         self._encoders.append(encoder)
         kept = {
             child: self._kept(found, f"{name}.{child}" if name else child)

@@ -41,6 +41,7 @@ from shared.models.architecture import Architecture
 from shared.models.quantization import QuantizationPlan
 from shared.models.weights import load_weights
 from shared.parallel.group import Group
+from shared.parallel.sharding import Shard
 from shared.policies.injected import as_injected
 from shared.policies.megatron_gpt2 import MEGATRON_GPT2
 from shared.policies.policy import Policy, UnsupportedModelError
@@ -74,7 +75,8 @@ def inject(model: Any, config: InferenceConfig) -> Injection:
 def _injection(model: Any, config: InferenceConfig, device: str, group: Group | None) -> Injection:
     if is_pipeline(model):
         refuse_experts(config.moe)
-        _refuse_ranks(group, "a pipeline's models are small")
+        if group is not None:
+            raise ValueError(f"tensor_parallel.tp_size: {group.size}, and a pipeline is not split; leave it out")
         dtype, plan = compute_dtype(config, device)
         pipeline = InjectedPipeline(model, config, device=device, dtype=dtype, plan=plan)
         return Injection(model, pipeline.close, pipeline=pipeline)
@@ -85,18 +87,11 @@ def _injection(model: Any, config: InferenceConfig, device: str, group: Group | 
     if config.replace_with_kernel_inject:
         if isinstance(model, nn.Module) and encoders_of(model):
             refuse_experts(config.moe)
-            _refuse_ranks(group, "an encoder's fused layers are computed by one rank")
-            return _encoders(given_module(model, config), config, device)
-        _refuse_ranks(group, "fused layers are computed by one rank")
+            return _encoders(given_module(model, config), config, device, group)
         given = _given_folder(Path(model), config) if isinstance(model, str | Path) else given_module(model, config)
-        return _causal_lm(given, config, device)
+        return _causal_lm(given, config, device, group)
     refuse_experts(config.moe)
     return _as_it_is(model, config, device, group)
-
-
-def _refuse_ranks(group: Group | None, why: str) -> None:
-    if group is not None:
-        raise ValueError(f"tensor_parallel.tp_size: {group.size}, and {why}; leave it out, or kernel_inject")
 
 
 def compute_dtype(config: InferenceConfig, device: str) -> tuple[torch.dtype, QuantizationPlan]:
@@ -159,7 +154,7 @@ def _to_be_asked(given: Given, config: InferenceConfig) -> Given:
     return given
 
 
-def _causal_lm(given: Given, config: InferenceConfig, device: str) -> Injection:
+def _causal_lm(given: Given, config: InferenceConfig, device: str, group: Group | None) -> Injection:
     dtype, plan = compute_dtype(config, device)
     if not config.triangular_masking:
         raise ValueError("triangular_masking: false, and a decoder's tokens attend to no later ones; leave it out")
@@ -174,16 +169,30 @@ def _causal_lm(given: Given, config: InferenceConfig, device: str) -> Injection:
         return Injection(given.module.to("meta").eval(), lambda: None)
     checkpoint = given.checkpoint(config)
     policy = _layout(policy, architecture, checkpoint)
-    weights = load_weights(architecture, checkpoint, dtype=dtype, device=device, quantization=plan, policy=policy)
+    shard = _shard(config, group)
+    weights = load_weights(
+        architecture, checkpoint, dtype=dtype, device=device, quantization=plan, policy=policy, shard=shard
+    )
     weights.probe()
     if config.save_mp_checkpoint_path:
         quantized = quantized_of(policy, architecture, checkpoint.names(), plan)
-        save(checkpoint, given.fields, config, dtype, quantized)
+        save(checkpoint, given.fields, config, dtype, quantized, group)
     limits = Limits(config.max_out_tokens, config.min_out_tokens)
     injected = CausalLM(
-        module, architecture, weights, limits, device=device, enable_cuda_graph=config.enable_cuda_graph
+        module,
+        architecture,
+        weights,
+        limits,
+        device=device,
+        enable_cuda_graph=config.enable_cuda_graph,
+        group=group,
+        shard=shard,
     )
     return Injection(injected.module, injected.close, injected, injected.engine.observe_layers)
+
+
+def _shard(config: InferenceConfig, group: Group | None) -> Shard | None:
+    return None if group is None else Shard(group.rank, group.size, config.tensor_parallel.tp_grain_size)
 
 
 def _generating(given: Given) -> Any:
@@ -293,7 +302,8 @@ def _encoder_folder(folder: Path) -> nn.Module:
     return encoder_from_folder(folder)
 
 
-def _encoders(given: Given, config: InferenceConfig, device: str) -> Injection:
+def _encoders(given: Given, config: InferenceConfig, device: str, group: Group | None) -> Injection:
     checkpoint = given.checkpoint(config) if config.checkpoint else None
-    injected = EncoderModel(given.module, checkpoint, *compute_dtype(config, device), device)
+    shard = _shard(config, group)
+    injected = EncoderModel(given.module, checkpoint, *compute_dtype(config, device), device, group, shard)
     return Injection(injected.module, injected.close, wants_graph=config.enable_cuda_graph)
