@@ -18,7 +18,9 @@ that is not quantized multiplied by cuBLAS.
 
 A quantized weight (kernels/quantization.py) is kept as few bits, and multiplied by activations that stay what they are:
 one row reads the whole weight and computes little with it, so half the bytes are half the time. Products and sums are
-float32; on CUDA the weights of groups, scale * q + offset, are rounded to x's dtype before.
+float32; on CUDA the weights of groups, scale * q + offset, are rounded to x's dtype before. With dynamic activations
+rows of x become int8 as a KV cache's do (kernels/kv_format.py), products and sums are of integers, and kernels/cpu/
+linear_integers.c and CUDA give the same bits.
 """
 
 from __future__ import annotations
@@ -37,7 +39,14 @@ from kernels.dtypes import CODES
 from kernels.quantization import Integers, Quantization, floats_of, quantize
 
 _FORM_CODES = {"int8": 2, "int4": 3, "fp8": 5, "fp6": 6}  # as kernels/cpu/simd.h numbers them
-_PACKINGS = {"panels": "panels, float32 products", "pairs": "pairs, bfloat16 products", "rows": "rows, Triton"}
+_PACKINGS = {
+    "panels": "panels, float32 products",
+    "pairs": "pairs, bfloat16 products",
+    "fours": "fours, integer products",
+    "rows": "rows, Triton",
+}
+_OPS = {"panels": "", "pairs": "_pairs", "fours": "_integers"}  # what the names of their ops end in
+_MOST_INTEGERS = 2**31 // 127**2  # products of two int8 that can be added up
 _PROBE_ROWS = (1, 2, 5, 10, 17)
 
 
@@ -81,10 +90,15 @@ class LinearWeight:
     def _take_shape(
         self, shape: Sequence[int], dtype: torch.dtype, quantization: Quantization | None, packing: str
     ) -> None:
-        if quantization and quantization.dynamic and packing != "rows":
-            raise ValueError("int8 with dynamic activations is CUDA's alone")
-        self.dtype, self.quantization, self._packing = dtype, quantization, packing
+        self.dtype, self.quantization = dtype, quantization
         self.out_features, self.in_features = shape
+        is_dynamic = quantization is not None and quantization.dynamic
+        if is_dynamic and self.in_features > _MOST_INTEGERS:
+            raise ValueError(
+                f"dynamic activations have sums of 32 bits: in_features must be {_MOST_INTEGERS} at most, "
+                f"got {self.in_features}"
+            )
+        self._packing = "fours" if is_dynamic and packing != "rows" else packing
         self.group = (quantization and quantization.group) or self.in_features  # input features that share a scale
 
     def _take(self, values: Tensor, scale: Tensor | None, offset: Tensor | None, bias: Tensor | None) -> None:
@@ -93,7 +107,10 @@ class LinearWeight:
 
             self.packed, self.scale, self.offset = rows.pack(values, self.form), scale, offset
         else:
-            self.packed = panels.pack(values, self.form, group=self.group, pairs=self._packing == "pairs")
+            if self._packing == "fours":
+                self.packed = panels.pack_fours(values)
+            else:
+                self.packed = panels.pack(values, self.form, group=self.group, pairs=self._packing == "pairs")
             # [ceil(out / 32), groups, 32]
             self.scale, self.offset = (None if part is None else panels.pack_scales(part) for part in (scale, offset))
         self.bias = None if bias is None else bias.detach().contiguous()
@@ -158,7 +175,10 @@ class LinearWeight:
             values = rows.unpack(self.packed, self.form, self.in_features)
         else:
             shape = (self.out_features, self.in_features)
-            values = panels.unpack(self.packed, shape, self.form, group=self.group, pairs=self._packing == "pairs")
+            if self._packing == "fours":
+                values = panels.unpack_fours(self.packed, shape)
+            else:
+                values = panels.unpack(self.packed, shape, self.form, group=self.group, pairs=self._packing == "pairs")
             scale = panels.unpack_scales(scale, self.out_features)
             offset = None if offset is None else panels.unpack_scales(offset, self.out_features)
         numbers = floats_of(values, self.form) if self.quantization.floating else values
@@ -211,9 +231,9 @@ def linear(x: Tensor, weight: LinearWeight, *, out: Tensor | None = None, own_bi
 
 
 def c_linear(op: str, x: Tensor, weight: LinearWeight, out: Tensor, *more: int | None) -> int:
-    """Calls the op, of panels or of pairs, with the arguments that each begins with, and those that it has besides."""
+    """Calls the weight's kind of the op, with the arguments that each begins with, and those that it has besides."""
     return library.call(
-        f"{op}_pairs" if weight._packing == "pairs" else op,
+        op + _OPS[weight._packing],
         x.data_ptr(), weight.packed.data_ptr(), _address(weight.scale), _address(weight.offset), _address(weight.bias),
         out.data_ptr(), len(out), weight.in_features, weight.out_features, weight.group,
         CODES[x.dtype], _FORM_CODES.get(weight.form, CODES[weight.dtype]), CODES[weight.dtype], CODES[out.dtype],

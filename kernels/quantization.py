@@ -29,7 +29,7 @@ class Quantization:
     symmetric: the greatest of a group is the format's greatest, and there is no offset; else the integers reach from
     the group's least weight to its greatest.
     floating: bits 8 are e4m3, bits 6 e3m2.
-    dynamic: rows of activations become int8 too, each with a scale of its own: int8, symmetric, a row a group. On CUDA.
+    dynamic: rows of activations become int8 too, each with a scale of its own: int8, symmetric, a row a group.
     Raises ValueError for what no op computes.
     """
 

@@ -52,6 +52,19 @@ def unpack_plain(panels: Tensor, shape: tuple[int, int], *, pairs: bool) -> Tens
     return unpack_scales(by_feature, outputs)[:, :inputs].contiguous()
 
 
+def pack_fours(integers: Tensor) -> Tensor:
+    """int8 [out, in] -> uint8 [ceil(out / 32), 2 * ceil(in / 8), 32, 4], each + 128."""
+    biased = functional.pad(integers, (0, -integers.shape[1] % 8)).to(torch.int16).add(128).to(torch.uint8)
+    return pack_scales(biased).unflatten(1, (-1, 4)).transpose(2, 3).contiguous()
+
+
+def unpack_fours(panels: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The int8 [out, in] that `pack_fours` was given."""
+    outputs, inputs = shape
+    biased = unpack_scales(panels.transpose(2, 3).flatten(1, 2), outputs)[:, :inputs]
+    return (biased.to(torch.int16) - 128).to(torch.int8)
+
+
 def pack_scales(weight: Tensor) -> Tensor:
     """[out, in] -> [ceil(out / 32), in, 32], filled up with zeros."""
     outputs, inputs = weight.shape

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda.elements import decode
+from kernels.cuda.elements import decode, encode, most_of, scale_of
 from kernels.cuda.rows import PARTS, part_features
 from kernels.cuda.tile import dot, launch, narrow
 from kernels.cuda.variant import Variant
@@ -162,15 +162,13 @@ def _add_ranges(
 
 @triton.jit
 def _quantize_rows(x, out, scale, width, WIDTH: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * width
-    columns = tl.arange(0, WIDTH)
-    values = tl.load(x + row + columns, columns < width, other=0.0).to(tl.float32)
-    step = tl.max(tl.abs(values)) / 127.0
-    scaled = values * tl.where(step > 0, 1.0 / step, 0.0)
-    # the nearest integer, of two the even one: 1.5 * 2^23 leaves no room for a fraction
-    integers = (scaled + 12582912.0) - 12582912.0
-    tl.store(out + row + columns, integers.to(tl.int8), columns < width)
-    tl.store(scale + tl.program_id(0), step)
+    row = tl.program_id(0) + tl.arange(0, 1)
+    columns = tl.arange(0, WIDTH)[None, :]
+    at = row[:, None].to(tl.int64) * width + columns
+    values = tl.load(x + at, columns < width, other=0.0).to(tl.float32)
+    step, inverse = scale_of(most_of(values), "int8")
+    tl.store(out + at, encode(values * inverse[:, None], "int8"), columns < width)
+    tl.store(scale + row, step)
 
 
 def linear(
@@ -228,11 +226,9 @@ def _row_warps(width: int) -> int:
 
 
 def quantize_rows(x: Tensor, out: Tensor, scale: Tensor) -> None:
-    """x [rows, width] -> int8 out, float32 scale [rows]: x is about scale * out."""
+    """x [rows, width] -> int8 out, float32 scale [rows], as kernels/kv_format.py has them: x is about scale * out."""
     width = triton.next_power_of_2(x.shape[1])
-    launch(
-        _quantize_rows, (x.shape[0],), x, out, scale, x.shape[1], WIDTH=width, num_warps=min(max(width // 512, 1), 16)
-    )
+    launch(_quantize_rows, (x.shape[0],), x, out, scale, x.shape[1], WIDTH=width, num_warps=_row_warps(width))
 
 
 def _ranges(out_features: int, part: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from kernels import linear as linears
 from kernels.activation import gated
 from kernels.cpu.library import record
 from kernels.experts import ExpertWeights
+from kernels.kv_format import quantize_rows, widen_rows
 from kernels.linear import LinearWeight, has_pairs, linear
 from kernels.moe import (
     combine,
@@ -36,11 +37,14 @@ HOW = (
     Quantization(4, symmetric=False),
     Quantization(8, 12, floating=True),
     Quantization(6, floating=True),
+    Quantization(8, dynamic=True),
 )
 
 
 def form(how: Quantization | None) -> str:
-    return "plain" if how is None else f"{how.form} {how.group} {'symmetric' if how.symmetric else 'offsets'}"
+    if how is None:
+        return "plain"
+    return f"{how.form} {how.group} {'symmetric' if how.symmetric else 'offsets'}{' dynamic' * how.dynamic}"
 
 
 FORMS = pytest.mark.parametrize("how", HOW, ids=form)
@@ -125,6 +129,8 @@ def test_matches_the_reference_of_the_weights_that_it_stands_for(how: Quantizati
         assert torch.equal(numbers, torch.stack([weight.dequantize() for weight in alone]).double())
     experts, x = choose(30, 6, 2), torch.randn(30, 72).to(dtype)
     y = grouped_linear(x, weights, route(experts, 6), out=torch.empty(60, 40))
+    if how and how.dynamic:
+        x = widen_rows(*quantize_rows(x, "int8"), "int8")
     torch.testing.assert_close(y.double(), grouped_linear_reference(x.double(), numbers, experts), atol=2e-5, rtol=1e-5)
 
 
@@ -176,7 +182,7 @@ def test_panels_have_the_bits_of_their_linear_too(how: Quantization | None, monk
     of_pairs, _ = make(5, 33, 72, torch.bfloat16, how)
     monkeypatch.setattr(linears, "_cpu_has_pairs", lambda: False)
     of_panels, alone = make(5, 33, 72, torch.bfloat16, how)
-    assert of_panels.description != of_pairs.description
+    assert (of_panels.description == of_pairs.description) == bool(how and how.dynamic), "integers have no pairs"
     for tokens in (1, 4, 60):
         experts, x = choose(tokens, 5, 2), torch.randn(tokens, 72).bfloat16()
         y = grouped_linear(x, of_panels, route(experts, 5))
