@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from shared.batch import BatchEntry
 from shared.config import load_config
-from shared.engine import Engine, EnginePlan
+from shared.engine import Engine, EnginePlan, InferenceEngine, init_inference
 from shared.model_store import ModelStore
 from shared.parallel.expert_groups import ExpertGroups
 from shared.parallel.experts import ExpertShard
@@ -22,6 +23,7 @@ from shared.parallel.group import Group
 from shared.parallel.sharding import Shard
 
 BLOCK_TOKENS = 16
+TOKENS = torch.randint(3, 90, (2, 19), generator=torch.Generator().manual_seed(8))
 
 
 @dataclass(frozen=True)
@@ -105,3 +107,38 @@ def check_two(world: Group, files: Sequence[tuple[Case, str]], model: str) -> li
     with pytest.raises(ValueError, match=r"^expert_groups: the plan has no expert_shard"):
         Engine(plan_of(Case(model)), expert_groups=ExpertGroups(world, None))
     return check_same(world, files)
+
+
+def check_init_inference(world: Group, model: str, expected: dict[str, Tensor]) -> list[Tensor]:
+    """The ways in which options say where experts lie -> what was drawn in each."""
+    ep, mp = ExpertGroups.of(world, 2), ExpertGroups.of(world, 1)
+    assert ep.ep
+    assert mp.mp
+    ways: tuple[dict[str, Any], ...] = (
+        {"moe": {"ep_size": 2}},
+        {"moe": {"ep_size": 2}, "tp": {"tp_size": 2}},
+        {"moe": {"ep_group": ep.ep.process_group, "ep_size": 2}},
+        {"moe": {"ep_mp_group": mp.mp.process_group}},
+        {"tp": {"tp_size": 2}},
+    )
+    drawn = []
+    for options in ways:
+        torch.manual_seed(world.rank)
+        engine = injected(model, **options)
+        assert torch.equal(engine(TOKENS).logits, expected["logits"]), options
+        assert torch.equal(engine.generate(TOKENS, max_new_tokens=8, do_sample=False), expected["tokens"])
+        drawn.append(engine.generate(TOKENS, max_new_tokens=8, do_sample=True, top_k=50))
+        engine.destroy()
+    for moe, message in (
+        ({"ep_size": 3}, r"^Invalid ep_size=3 for world_size=2: use a divisor"),
+        ({"ep_size": 3, "ep_group": ep.ep.process_group}, r"^moe\.ep_size: 3, and the groups have 2"),
+        ({"ep_size": 2, "ep_mp_group": ep.ep.process_group}, r"^moe\.ep_size: 2, and the groups have 1"),
+        ({"ep_group": object()}, r"^moe\.ep_group: wants a torch.distributed process group, has object"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            injected(model, moe=moe)
+    return drawn
+
+
+def injected(model: str, **options: Any) -> InferenceEngine:
+    return init_inference(model, kernel_inject=True, dtype="float32", max_out_tokens=64, **options)

@@ -32,9 +32,6 @@ from shared.policies.policy import Policy
 
 # What the engine does in one way so far, the default one. Each can be set, and check_supported refuses it.
 ONE_WAY_SO_FAR = (
-    "moe.ep_size",
-    "moe.ep_mp_group",
-    "moe.ep_group",
     "quant.activation.num_bits",
     "quant.activation.q_type",
     "quant.activation.q_groups",
@@ -234,12 +231,13 @@ class InferenceConfig(Options):
                 )
             if nested:
                 vars(self)[name] = nested  # past __setattr__: it was not given
-        tp_size, quant = self.tensor_parallel.tp_size, self.quant
-        if self.enable_cuda_graph and tp_size > 1:
-            raise ValueError(
-                "enable_cuda_graph: Cuda graph is not supported for model parallelism, and tensor_parallel.tp_size is "
-                f"{tp_size}; leave one of them out"
-            )
+        quant = self.quant
+        for name in ("tensor_parallel.tp_size", "moe.ep_size"):
+            if self.enable_cuda_graph and (size := _at(self, name)) > 1:
+                raise ValueError(
+                    f"enable_cuda_graph: Cuda graph is not supported for model parallelism, and {name} is {size}; "
+                    "leave one of them out"
+                )
         if self.replace_with_kernel_inject and isinstance(self.injection_policy, dict):
             raise ValueError(
                 "injection_policy: names layers to split as they are, and replace_with_kernel_inject replaces them; "

@@ -23,6 +23,7 @@ from shared.kv_cache import KvLayout
 from shared.models.architecture import Architecture
 from shared.models.quantization import QuantizationPlan
 from shared.models.weights import ModelWeights
+from shared.parallel.expert_groups import ExpertGroups
 from shared.parallel.group import Group
 from shared.parallel.sharding import Shard
 
@@ -53,10 +54,12 @@ class CausalLM:
         enable_cuda_graph: bool,
         group: Group | None = None,
         shard: Shard | None = None,
+        expert_groups: ExpertGroups | None = None,
     ) -> None:
         """model: a PreTrainedModel whose class and configuration `module` has; its weights are not looked at.
 
         group: the ranks that compute it, all of which make the same calls; shard: what of it the weights are.
+        expert_groups: likewise of its experts, of which the weights are this rank's.
         """
         from shared.engine.hugging_face import shell_of
 
@@ -70,7 +73,9 @@ class CausalLM:
             layout=layout,
             quantization=QuantizationPlan(),
             device=device,
-            num_blocks=_num_blocks(layout, max_context, limits.min_out_tokens, device, group),
+            num_blocks=_num_blocks(
+                layout, max_context, limits.min_out_tokens, device, group or (expert_groups and expert_groups.world)
+            ),
             max_context=max_context,
             batch_tokens=max_context,
             max_running=_MAX_RUNNING,
@@ -80,8 +85,9 @@ class CausalLM:
             eos_token_ids=(),
             allow_pickle=False,
             shard=shard,
+            expert_shard=expert_groups and expert_groups.shard,
         )
-        self.engine = Engine(plan, weights=weights, group=group)
+        self.engine = Engine(plan, weights=weights, group=group, expert_groups=expert_groups)
         self._pool = Pool(self.engine)
         self._max_tokens = max_context
         self._kind, self._vocab_size = type(model), architecture.vocab_size

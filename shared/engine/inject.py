@@ -34,7 +34,7 @@ from shared.engine.diffusion import InjectedPipeline, is_pipeline
 from shared.engine.encoder_model import EncoderModel, encoders_of, is_encoder
 from shared.engine.expert_options import check_experts, fields_with_experts, policy_with_experts, refuse_experts
 from shared.engine.given import Given, fields_of, given_module, load_into
-from shared.engine.ranks import group_of, same_random_state
+from shared.engine.ranks import expert_groups_of, group_of, same_random_state
 from shared.engine.saving import quantized_of, save
 from shared.model_files import find_weights, read_json
 from shared.models.architecture import Architecture
@@ -162,6 +162,7 @@ def _causal_lm(given: Given, config: InferenceConfig, device: str, group: Group 
     policy = policy_with_experts(policy, config.moe)
     architecture = policy.architecture(fields_with_experts(policy, given.fields, config.moe))
     check_experts(architecture, config.moe)
+    expert_groups = expert_groups_of(config.moe, group, device)
     module = _generating(given)
     if policy.kind != "decoder" or not module.can_generate():
         raise UnsupportedModelError("architectures", f"{type(module).__name__} is no causal language model")
@@ -171,12 +172,20 @@ def _causal_lm(given: Given, config: InferenceConfig, device: str, group: Group 
     policy = _layout(policy, architecture, checkpoint)
     shard = _shard(config, group)
     weights = load_weights(
-        architecture, checkpoint, dtype=dtype, device=device, quantization=plan, policy=policy, shard=shard
+        architecture,
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        quantization=plan,
+        policy=policy,
+        shard=shard,
+        expert_shard=expert_groups and expert_groups.shard,
     )
     weights.probe()
+    world = group or (expert_groups and expert_groups.world)
     if config.save_mp_checkpoint_path:
         quantized = quantized_of(policy, architecture, checkpoint.names(), plan)
-        save(checkpoint, given.fields, config, dtype, quantized, group)
+        save(checkpoint, given.fields, config, dtype, quantized, world)
     limits = Limits(config.max_out_tokens, config.min_out_tokens)
     injected = CausalLM(
         module,
@@ -187,7 +196,11 @@ def _causal_lm(given: Given, config: InferenceConfig, device: str, group: Group 
         enable_cuda_graph=config.enable_cuda_graph,
         group=group,
         shard=shard,
+        expert_groups=expert_groups,
     )
+    for one in (expert_groups.ep, expert_groups.mp) if expert_groups else ():
+        if one is not None:
+            same_random_state(one)
     return Injection(injected.module, injected.close, injected, injected.engine.observe_layers)
 
 

@@ -12,10 +12,11 @@ from shared.parallel.sharding import Shard
 @dataclass(frozen=True)
 class ExpertGroups:
     """ep: the ranks among which the experts of a layer are divided. mp: those that have the same experts, and each some
-    outputs of theirs. None: this rank alone."""
+    outputs of theirs. None: this rank alone. world: all of them, where that is known."""
 
     ep: Group | None
     mp: Group | None
+    world: Group | None = None
 
     @classmethod
     def of(cls, world: Group, ep_size: int) -> ExpertGroups:
@@ -23,12 +24,12 @@ class ExpertGroups:
         them."""
         shard = ExpertShard.of(world.rank, world.size, ep_size)
         if ep_size == 1:
-            return cls(None, world)
+            return cls(None, world, world)
         if ep_size == world.size:
-            return cls(world, None)
+            return cls(world, None, world)
         first = world.rank - shard.ep.rank
         ep = world.part(range(first, first + ep_size))
-        return cls(ep, world.part(range(shard.ep.rank, world.size, ep_size)))
+        return cls(ep, world.part(range(shard.ep.rank, world.size, ep_size)), world)
 
     @property
     def shard(self) -> ExpertShard:

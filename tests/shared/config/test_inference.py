@@ -396,6 +396,7 @@ def test_checkpoint_config_says_the_same_as_the_fields():
         ({"tp": {"mpu": MOVED["mpu"][2], "tp_group": GROUP}}, r"tensor_parallel\n.*mpu: has a group, and tp_group is"),
         ({"tp": {"tp_group": GROUP, "enabled": False}}, r"tensor_parallel\n.*enabled: false, and tp_size is 2; leave"),
         ({"tp": {"tp_group": GROUP}, "enable_cuda_graph": True}, "enable_cuda_graph: Cuda graph is not supported for"),
+        ({"moe": {"ep_size": 2}, "enable_cuda_graph": True}, r"Cuda graph is not supported .* and moe\.ep_size is 2"),
         ({"tp": {"mpu": object()}}, r"tensor_parallel\.mpu\n.*object has no get_model_parallel_rank, get_model_para"),
         ({"injection_policy": {"Linear": "x"}}, "'Linear' is no subclass of torch.nn.Module; give the class"),
         ({"injection_policy": {int: "x"}}, "<class 'int'> is no subclass of torch.nn.Module"),
@@ -456,9 +457,6 @@ def test_an_injection_policy_is_dumped_where_it_can_be_read_again():
 
 # each with a value that is not its default
 ASKED = {
-    "moe.ep_size": 2,
-    "moe.ep_mp_group": object(),
-    "moe.ep_group": object(),
     "quant.activation.num_bits": 4,
     "quant.activation.q_type": "asymmetric",
     "quant.activation.q_groups": 2,
@@ -479,11 +477,11 @@ def test_what_is_not_done_yet_can_be_said_and_is_refused_before_loading(name: st
 
 
 def test_everything_that_is_not_done_yet_is_told_at_once():
-    config = InferenceConfig(moe={"ep_size": 2}, quant={"qkv": {"enabled": False}})
+    config = InferenceConfig(quant={"qkv": {"enabled": False}, "weight": {"num_bits": 4}})
     with pytest.raises(ValueError, match="is not supported yet") as error:
         config.check_supported()
     assert str(error.value).splitlines() == [
-        "moe.ep_size: 2 is not supported yet; leave it out",
+        "quant.weight.num_bits: 4 is not supported yet; leave it out",
         "quant.qkv.enabled: False is not supported yet; leave it out",
     ]
 

@@ -14,7 +14,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shared.engine import Engine
-from tests.experts_on_ranks import Case, check_same, check_two, computed, greedy, plan_of, prompt
+from tests.experts_on_ranks import (
+    TOKENS,
+    Case,
+    check_init_inference,
+    check_same,
+    check_two,
+    computed,
+    greedy,
+    injected,
+    plan_of,
+    prompt,
+)
 from tests.megatron_moe import MegatronMoe
 from tests.ranks import on_ranks
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -94,6 +105,25 @@ def test_three_ranks_have_the_bits_of_one(tmp_path: Path) -> None:
     cases = [Case(str(tiny_model("qwen2_moe")), ep_size=3)]
     cases.append(Case(unevenly_routed("qwen2_moe", tmp_path / "uneven"), ep_size=3))
     on_ranks(check_same, 3, in_one_process(cases, tmp_path))
+
+
+def test_init_inference_puts_experts_on_ranks() -> None:
+    """By ep_size or groups, with and without tensor parallelism: the same tokens, drawn ones too."""
+    model = str(tiny_model("qwen2_moe"))
+    engine = injected(model)
+    tokens = engine.generate(TOKENS, max_new_tokens=8, do_sample=False)
+    expected = {"logits": engine(TOKENS).logits, "tokens": tokens}
+    engine.destroy()
+    one, other = on_ranks(check_init_inference, 2, model, expected)
+    assert all(torch.equal(first, second) for first, second in zip(one, other, strict=True))
+
+
+def test_one_process_has_no_others_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match=r"^Invalid ep_size=2 for world_size=1: use a divisor"):
+        injected(str(tiny_model("mixtral")), moe={"ep_size": 2})
+    with pytest.raises(ValueError, match=r"^moe\.ep_size: 2, and the model has no experts; leave it out"):
+        injected(str(tiny_model("llama")), moe={"ep_size": 2})
 
 
 @pytest.mark.slow
