@@ -2,9 +2,9 @@
 
     .venv/bin/python examples/ragged.py [MODEL] [--tokens 24] [--step-tokens 48]
 
-MODEL: a name that `./tandem model` knows, or a folder; by default the one that is served by default. While all generate,
-the keys and values of one sequence go to host memory and come back, and those of another go on in a second engine with
-blocks of another size. The tokens are compared with those of `generate`, which has each prompt alone.
+MODEL: a name that `./tandem model` knows, or a folder; by default the one that is served by default. While all
+generate, the keys and values of one sequence go to host memory and come back, and those of another go on in a second
+engine with blocks of another size. The tokens are compared with those of `generate`, which has each prompt alone.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@
     engine.flush(7)
 
 It runs what the workers run: the Engine, its pool, its ops. What to put when is the caller's, or split_fuse.py's.
+
+With tp_size above 1 each of so many ranks of torch.distributed has an engine and makes the same calls, in the same
+order and with the same arguments. What they return is the same on all, and the same bits as of one process.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.dtypes import DTYPES
-from shared.config import RaggedEngineConfig
+from shared.config import RaggedEngineConfig, TensorParallelConfig
 from shared.config.dtype import dtype_name
 from shared.engine.engine import Engine
 from shared.engine.plan import EnginePlan
@@ -29,10 +32,15 @@ from shared.engine.ragged_batch import RaggedEntries, checked_tokens
 from shared.engine.ragged_memory import free_memory, num_blocks
 from shared.engine.ragged_model import RaggedModel
 from shared.engine.ragged_sequences import RaggedSequences, TrackedSequence
+from shared.engine.ranks import group_of, least
 from shared.engine.scheduling_result import SchedulingError, SchedulingResult
 from shared.kv_cache import KvLayout
+from shared.models.architecture import Architecture
 from shared.models.quantization import QuantizationPlan
 from shared.models.weights import ModelWeights
+from shared.parallel.group import Group
+from shared.parallel.partition import Partition
+from shared.parallel.sharding import Shard, head_shares
 from shared.sequence_state import SequenceState
 from shared.swap_space import SwapSpace
 
@@ -66,16 +74,18 @@ class RaggedEngine:
         """
         self.config = RaggedEngineConfig.of(config, **kwargs)
         limits = self._limits = self.config.state_manager
-        _check_options(self.config, block_tokens)
+        if block_tokens < 1 or block_tokens & (block_tokens - 1):
+            raise ValueError(f"block_tokens: {block_tokens} is not a power of two; use 16, 32, 64 or 128")
         if dtype is None and self.config.quantization.quantization_mode is not None:
             dtype = torch.float16  # the af16 of wf6af16
         self._model = RaggedModel.of(model, None if dtype is None else _dtype(dtype))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        plan = _plan(self._model, self.config, kv_dtype, block_tokens, device)
+        self._group = group_of(TensorParallelConfig(tp_size=self.config.tensor_parallel.tp_size), device)
+        plan = _plan(self._model, self.config, kv_dtype, block_tokens, device, self._group)
         self._weights: ModelWeights | None = self._model.load(plan)
-        blocks = num_blocks(plan.layout, limits, plan.max_context, free_memory(device))
+        blocks = self._num_blocks(plan)
         self.plan = replace(plan, num_blocks=blocks)
-        self._engine = Engine(self.plan, weights=self._weights)
+        self._engine = Engine(self.plan, weights=self._weights, group=self._group)
         self._swap = SwapSpace(self._engine.caches, None)
         self._sequences = RaggedSequences(blocks, block_tokens, max_tracked=limits.max_tracked_sequences)
 
@@ -189,11 +199,13 @@ class RaggedEngine:
             self._swap.drop(sequence.saved)
 
     def export_sequence(self, uid: int) -> SequenceState:
-        """A copy of what the cache holds of a sequence, which stays. Raises ValueError for one that is not tracked."""
+        """A copy of what the cache holds of a sequence, which stays. Raises ValueError for one that is not tracked.
+
+        Of several ranks each returns the heads of all: what another engine takes, however many ranks that one has.
+        """
         sequence = self._sequences.known(uid)
-        if sequence.saved is not None:
-            return sequence.saved
-        return SequenceState.take(self._engine.kv, sequence.blocks, sequence.seen_tokens)
+        own = sequence.saved or SequenceState.take(self._engine.kv, sequence.blocks, sequence.seen_tokens)
+        return own if self._group is None else _of_all_ranks(own, self._model.architecture, self._group)
 
     def import_sequence(self, uid: int, state: SequenceState, *, convert_dtype: bool = False) -> None:
         """Goes on with what an engine of the same model has exported; its blocks may be of another size.
@@ -244,6 +256,7 @@ class RaggedEngine:
     def serialize(self, path: str | Path) -> None:
         """Writes model and packed weights into a folder that a RaggedEngine is made of without packing anything."""
         self._model.save(Path(path), self.plan, self._weights_here())
+        least(self._group, 0)  # no rank goes on before all have written
 
     def destroy(self) -> None:
         """Frees weights, cache and sequences; nothing can be put any more. Once is enough, twice is no harm."""
@@ -254,6 +267,18 @@ class RaggedEngine:
         self._engine.close()
         self._weights = None
 
+    def _num_blocks(self, plan: EnginePlan) -> int:
+        """As many as every rank has memory for. Raises ValueError on all of them if one has none."""
+        blocks, error = 0, None
+        try:
+            blocks = num_blocks(plan.layout, self._limits, plan.max_context, free_memory(plan.device))
+        except ValueError as own:
+            error = own
+        blocks = least(self._group, blocks)
+        if not blocks:
+            raise error or ValueError("Insufficient memory to allocate KV-caches on another rank")
+        return blocks
+
     def _weights_here(self) -> ModelWeights:
         if self._weights is None:
             raise RuntimeError("this engine was destroyed; make another one")
@@ -261,13 +286,6 @@ class RaggedEngine:
 
     def _no_logits(self) -> Tensor:
         return torch.empty(0, self.plan.architecture.vocab_size, device=self.plan.device)
-
-
-def _check_options(config: RaggedEngineConfig, block_tokens: int) -> None:
-    if config.tensor_parallel.tp_size > 1:
-        raise ValueError(f"tensor_parallel.tp_size: {config.tensor_parallel.tp_size}, and 1 is what there is so far")
-    if block_tokens < 1 or block_tokens & (block_tokens - 1):
-        raise ValueError(f"block_tokens: {block_tokens} is not a power of two; use 16, 32, 64 or 128")
 
 
 def _dtype(given: Any) -> torch.dtype:
@@ -288,16 +306,24 @@ def _check_lengths(uids: Sequence[int], lengths: Sequence[int]) -> None:
 
 
 def _plan(
-    model: RaggedModel, config: RaggedEngineConfig, kv_dtype: str | None, block_tokens: int, device: str
+    model: RaggedModel,
+    config: RaggedEngineConfig,
+    kv_dtype: str | None,
+    block_tokens: int,
+    device: str,
+    group: Group | None,
 ) -> EnginePlan:
     """But for the number of blocks, which the memory decides that the weights leave."""
     limits, mode = config.state_manager, config.quantization.quantization_mode
     dtype = str(model.dtype).removeprefix("torch.")
+    shard = None if group is None else Shard(group.rank, group.size)
+    if shard is not None:
+        Partition(model.architecture, shard)  # what cannot be cut is said before a weight is read
     return EnginePlan(
         files=model.files,
         architecture=model.architecture,
         dtype=dtype,
-        layout=KvLayout.of(model.architecture, model.digest_as(mode), kv_dtype or dtype, block_tokens),
+        layout=KvLayout.of(model.architecture, model.digest_as(mode), kv_dtype or dtype, block_tokens, shard),
         quantization=QuantizationPlan.of_ragged(mode),
         device=device,
         num_blocks=0,
@@ -309,4 +335,20 @@ def _plan(
         enable_cuda_graph=True,
         eos_token_ids=(),
         allow_pickle=False,
+        shard=shard,
     )
+
+
+def _of_all_ranks(own: SequenceState, architecture: Architecture, group: Group) -> SequenceState:
+    """Every rank has to call it, and gets the same."""
+    layout = own.layout
+    shares = head_shares(architecture.num_heads, architecture.num_kv_heads, group.size)
+    widths = [len(share.kv_heads) * layout.format.plane_bytes for share in shares]
+    planes = own.blocks.view(-1, widths[group.rank]).to(group.device)
+    columns = group.gather(planes, widths).cpu().split(widths, 1)
+    states: list[SequenceState] = []
+    for share, part in zip(shares, columns, strict=True):
+        rank_layout = replace(layout, first_kv_head=share.kv_heads.start, num_kv_heads=len(share.kv_heads))
+        blocks = part.contiguous().view(len(own.blocks), rank_layout.block_bytes)
+        states.append(SequenceState(rank_layout, blocks, own.num_tokens))
+    return SequenceState.joined(states)

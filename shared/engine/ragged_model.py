@@ -80,6 +80,7 @@ class RaggedModel:
                 dtype=DTYPES[plan.dtype],
                 device=plan.device,
                 quantization=plan.quantization,
+                shard=plan.shard,
             )
             weights.probe()
             return weights
@@ -104,9 +105,9 @@ class RaggedModel:
                     f"{folder} was serialized as {about.get('packing')}, and here it would be {wanted}; serialize it "
                     "here, from the model, with the same options"
                 )
-            flat = FlatCheckpoint(folder / rank_folder(0, 1))
+            flat = FlatCheckpoint(folder / _rank_folder(plan))
             tensors = {name: flat.tensor(name).to(plan.device) for name in flat.names()}
-            weights = ModelWeights.from_tensors(architecture, tensors)
+            weights = ModelWeights.from_tensors(architecture, tensors, shard=plan.shard)
             weights.probe()
             return weights
 
@@ -119,9 +120,10 @@ class RaggedModel:
         return sha256(f"{self.digest} {quantization_mode}".encode()).hexdigest()
 
     def save(self, folder: Path, plan: EnginePlan, weights: ModelWeights) -> None:
-        """Writes what `of` reads. Nothing in it is code."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_flat(folder / rank_folder(0, 1), weights.tensors())
+        """Writes what `of` reads: each rank its own weights, the first one the rest. Nothing in it is code."""
+        save_flat(folder / _rank_folder(plan), weights.tensors())
+        if plan.shard is not None and plan.shard.rank:
+            return
         (folder / "config.json").write_text(json.dumps(self.fields, indent=2, default=str) + "\n", encoding="utf-8")
         about = {"format": FORMAT, "digest": self.digest, "dtype": plan.dtype, "packing": _packing(plan)}
         (folder / _METADATA).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -163,9 +165,10 @@ def _digest_of(fields: Mapping[str, object], checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def rank_folder(rank: int, ranks: int) -> str:
-    return f"params_rank_{rank}_of_{ranks}"
+def _rank_folder(plan: EnginePlan) -> str:
+    return "params_rank_0_of_1" if plan.shard is None else f"params_rank_{plan.shard.rank}_of_{plan.shard.size}"
 
 
 def _packing(plan: EnginePlan) -> str:
-    return f"{plan.device}: {packing_of(plan.quantization, DTYPES[plan.dtype])}"
+    ranks = 1 if plan.shard is None else plan.shard.size
+    return f"{plan.device}, tp_size {ranks}: {packing_of(plan.quantization, DTYPES[plan.dtype])}"

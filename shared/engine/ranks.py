@@ -119,7 +119,7 @@ def _first_ranks(size: int, device: str) -> Group:
     if dist.get_rank() >= size:
         raise ValueError(
             f"tensor_parallel.tp_size: {size}, and this is rank {dist.get_rank()} of {world_size}: the model is "
-            f"computed by the first {size}; call init_inference there alone once the group is made, or give tp_group"
+            f"computed by the first {size}; make it there alone once the group is made, or give tp_group"
         )
     assert isinstance(made, dist.ProcessGroup)
     return Group.of(made)

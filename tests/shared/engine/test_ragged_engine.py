@@ -421,11 +421,28 @@ def test_a_serialized_engine_is_read_again_without_code(tiny_model: MakeModel, t
         make_engine(tmp_path, dtype="fp16")
     about = json.loads((tmp_path / "ragged.json").read_text())
     (tmp_path / "ragged.json").write_text(json.dumps({**about, "packing": "cpu: in another way"}))
-    with pytest.raises(ValueError, match="was serialized as cpu: in another way, and here it would be cpu: "):
+    with pytest.raises(ValueError, match="was serialized as cpu: in another way, and here it would be cpu, tp_size"):
         make_engine(tmp_path)
     (tmp_path / "ragged.json").write_text("{}")
     with pytest.raises(ValueError, match="is not what serialize wrote"):
         make_engine(tmp_path)
+
+
+def test_weights_in_fp6_with_activations_in_float16(tiny_model: MakeModel, tmp_path: Path) -> None:
+    quantization = {"quantization_mode": "wf6af16"}
+    engine = make_engine(tiny_model("llama"), dtype=None, quantization=quantization)
+    plain = make_engine(tiny_model("llama"), dtype="fp16")
+    assert engine.plan.dtype == engine.plan.layout.dtype == "float16"
+    tokens = some_tokens(20)
+    logits, expected = engine.put([1], [tokens]), plain.put([1], [tokens])
+    assert 0 < (logits - expected).abs().mean() < 0.3 * expected.abs().mean()  # two bits of mantissa
+    with pytest.raises(ValueError, match="model_digest: "):
+        plain.import_sequence(2, engine.export_sequence(1))  # their keys and values are others
+    engine.serialize(tmp_path)
+    again = make_engine(tmp_path, dtype=None, quantization=quantization)
+    assert torch.equal(again.put([1], [tokens]), logits)
+    with pytest.raises(ValueError, match=r"was serialized as .*; serialize it here, .* with the same options"):
+        make_engine(tmp_path, dtype=None)
 
 
 def test_options_come_from_a_dictionary_a_file_or_keywords(tiny_model: MakeModel, tmp_path: Path) -> None:
