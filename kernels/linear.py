@@ -92,6 +92,7 @@ class LinearWeight:
     ) -> None:
         self.dtype, self.quantization = dtype, quantization
         self.out_features, self.in_features = shape
+        self.of_outputs = self.out_features
         is_dynamic = quantization is not None and quantization.dynamic
         if is_dynamic and self.in_features > _MOST_INTEGERS:
             raise ValueError(
@@ -114,6 +115,12 @@ class LinearWeight:
             # [ceil(out / 32), groups, 32]
             self.scale, self.offset = (None if part is None else panels.pack_scales(part) for part in (scale, offset))
         self.bias = None if bias is None else bias.detach().contiguous()
+
+    def as_part_of(self, outputs: int) -> LinearWeight:
+        """This weight, from now on some of so many outputs of a linear, each with the bits that it has among them all:
+        on CUDA their number decides the order of sums."""
+        self.of_outputs = outputs
+        return self
 
     @property
     def form(self) -> str:
@@ -254,7 +261,7 @@ def _launch(x: Tensor, weight: LinearWeight, out: Tensor, own_bits: bool) -> Non
         cuda.quantize_rows(wide, x, x_scale)
     group = weight.quantization and weight.quantization.group
     parts = weight.packed, weight.scale, weight.offset, weight.bias
-    cuda.linear(x, weight.form, *parts, out, group=group, x_scale=x_scale)
+    cuda.linear(x, weight.form, *parts, out, group=group, x_scale=x_scale, of_outputs=weight.of_outputs)
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -182,18 +182,19 @@ def linear(
     *,
     group: int | None = None,
     x_scale: Tensor | None = None,
+    of_outputs: int | None = None,
 ) -> None:
     """weight: [out_features, bytes or floats of a row], its form a key of PARTS; scale, offset [out, groups] float32.
 
     group: features that share a scale, None = all of a row. x_scale [rows] float32: x is int8, and so is the weight,
-    one scale for each of its rows.
+    one scale for each of its rows. of_outputs: of the linear that the weight is some outputs of; default: it is all.
     """
     (num_rows, in_features), out_features = x.shape, out.shape[1]
     part, num_groups = part_features(form, in_features), 1 if scale is None else scale.shape[1]
     if group is None and offset is not None:
         group = in_features
     tile = next(tile for most, tile in _tiles(form, x.dtype).items() if num_rows <= most)
-    ranges, range_features = _ranges(out_features, part)
+    ranges, range_features = _ranges(of_outputs or out_features, part)
     if x_scale is not None:
         ranges, range_features = 1, part
     grid = (triton.cdiv(out_features, tile.outputs), triton.cdiv(num_rows, tile.rows))

@@ -99,7 +99,7 @@ class ModelWeights:
             if how is None:
                 return part
             if isinstance(part, LinearWeight):
-                return LinearWeight(part.plain(), part.bias, how)
+                return LinearWeight(part.plain(), part.bias, how).as_part_of(part.of_outputs)
             each = (part.expert(index).plain() for index in range(part.num_experts))
             return ExpertWeights(each, part.num_experts, how, bias=part.bias)
 
@@ -151,7 +151,9 @@ class ModelWeights:
                 shape = experts.shape(module, layer_of(name), shape)
             elif partition is not None:
                 own = partition.slice_of(f"{module}.weight", is_plain="scale" not in stored)
-                shape = shape if own is None else own.shape(shape)
+                outputs, shape = shape[0], shape if own is None else own.shape(shape)
+                if kind is LinearWeight:
+                    return kind.from_tensors(stored, shape, dtype).as_part_of(outputs)
             return kind.from_tensors(stored, shape, dtype)
 
         return assemble(architecture, part)
@@ -289,15 +291,16 @@ class _Loader:
             tied = self.architecture.tie_embeddings
             weight = self.embedding if tied else self._tensor("lm_head.weight", layer, shapes["lm_head.weight"])
             assert weight is not None
-            return LinearWeight(weight, bias, self.quantization.of(name, weight.shape[1]))
+            how = self.quantization.of(name, weight.shape[1])
+            return LinearWeight(weight, bias, how).as_part_of(self.architecture.vocab_size)
         shape = shapes[f"{module}.weight"]
         how = self.quantization.of(name, shape[1]) if module in LINEARS else None
         bias = self._bias(module, layer, shapes, is_plain=how is None)
         integers = None if how is None else self._integers(f"{module}.weight", layer, shape, how)
         if how is not None and integers is not None:
-            return LinearWeight.of_integers(integers, bias, self.dtype, dynamic=how.dynamic)
+            return LinearWeight.of_integers(integers, bias, self.dtype, dynamic=how.dynamic).as_part_of(shape[0])
         weight = self._tensor(f"{module}.weight", layer, shape, is_plain=how is None)
-        return LinearWeight(weight, bias, how)
+        return LinearWeight(weight, bias, how).as_part_of(shape[0])
 
     def _bias(self, module: str, layer: int, shapes: Shapes, *, is_plain: bool) -> Tensor | None:
         """Of outputs that are sums over the ranks one rank alone adds it."""

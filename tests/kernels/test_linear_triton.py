@@ -114,6 +114,22 @@ def test_ranges_side_by_side_and_in_turn_have_the_same_bits(
     assert torch.equal(linear(x, packed), side_by_side)
 
 
+@pytest.mark.parametrize("how", [None, Quantization(4, 32, symmetric=False)])
+def test_some_outputs_have_the_bits_that_they_have_among_all(
+    device: str, how: Quantization | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ranks have them: a weight of fewer outputs would be summed in more ranges."""
+    from kernels.cuda import linear as cuda
+
+    monkeypatch.setattr(cuda, "_PROGRAMS", 2)
+    weight, bias = make(128, 1024, torch.float32, device)
+    x = torch.randn(3, 1024).to(device)
+    whole = linear(x, LinearWeight(weight, bias, how))
+    alone = LinearWeight(weight[64:], bias[64:], how)
+    assert not torch.equal(linear(x, alone), whole[:, 64:])
+    assert torch.equal(linear(x, alone.as_part_of(128)), whole[:, 64:])
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_bits_that_may_depend_on_others_are_left_to_cublas(device: str, rows: int) -> None:
     weight, bias = make(96, 64, torch.bfloat16, device)
