@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shared.batch import BatchEntry
+from shared.checkpoint import open_any
 from shared.config import load_config
 from shared.engine import Engine, EnginePlan
+from shared.model_files import read_json
 from shared.model_store import ModelStore
-from shared.parallel.group import Group
+from shared.models.encoder import Encoder
+from shared.models.ranks import Ranks
+from shared.models.weights import load_weights
+from shared.parallel.group import Group, GroupError
+from shared.parallel.partition import Partition
 from shared.parallel.sharding import Shard
+from shared.policies.table import architecture_of
 
 BLOCK_TOKENS = 16
 
@@ -139,12 +149,43 @@ def check_refusals(group: Group, model: str) -> None:
     assert engine.forward([BatchEntry([5, 6], 0, [39])]).isfinite().all()
 
 
-def check_two(group: Group, same: Sequence[tuple[Case, str]], sums: Sequence[tuple[Case, str]]) -> None:
+def encoder_states(kind_folder: str, group: Group | None = None) -> Tensor:
+    """Hidden states of texts, back to back."""
+    folder = Path(kind_folder)
+    architecture = architecture_of(read_json(folder / "config.json"))
+    shard = None if group is None else Shard(group.rank, group.size)
+    weights = load_weights(architecture, open_any(folder), dtype=torch.float32, device="cpu", shard=shard)
+    ranks = group and shard and Ranks(group, Partition(architecture, shard))
+    texts = [prompt(seed, count) for seed, count in ((1, 9), (2, 1), (3, 20))]
+    ends = torch.tensor([0, *map(len, texts)]).cumsum(0).int()
+    tokens = torch.tensor(list(chain.from_iterable(texts)))
+    return Encoder(architecture, weights, ranks=ranks).forward(tokens, ends)
+
+
+def check_encoder(group: Group, folder: str, expected: bytes) -> None:
+    assert encoder_states(folder, group).numpy().tobytes() == expected
+
+
+def check_two(
+    group: Group,
+    same: Sequence[tuple[Case, str]],
+    sums: Sequence[tuple[Case, str]],
+    encoders: Sequence[tuple[str, bytes]],
+) -> None:
     check_same(group, same)
     check_sums(group, sums)
     check_refusals(group, same[0][0].model)
+    for folder, expected in encoders:
+        check_encoder(group, folder, expected)
 
 
-def check_three(group: Group, same: Sequence[tuple[Case, str]], sums: Sequence[tuple[Case, str]]) -> None:
+def check_three(group: Group, same: Sequence[tuple[Case, str]], sums: Sequence[tuple[Case, str]]) -> str:
+    """The last rank dies in the end; what the others' next forward says."""
     check_same(group, same)
     check_sums(group, sums)
+    engine = Engine(plan_of(same[0][0], Shard(group.rank, group.size)), group=group)
+    if group.rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(GroupError) as error:
+        engine.forward([BatchEntry([5, 6], 0, [1])])
+    return str(error.value)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from shared.parallel.sharding import Shard
-from tests.rank_engines import Case, check_same, check_three, check_two, in_one_process, plan_of
+from tests.rank_engines import Case, check_same, check_three, check_two, encoder_states, in_one_process, plan_of
 from tests.ranks import on_ranks
+from tests.tiny_encoders import tiny_encoder
 from tests.tiny_models import KINDS, tiny_gguf, tiny_model
 
 # One of each that is cut, or put together, in a way of its own; as many key-value heads as queries, or one, with three.
@@ -39,15 +40,23 @@ def test_two_ranks_have_the_bits_of_one(tmp_path: Path):
     kinds = ("llama-untied-biased", "gpt2", "qwen2_moe")
     sums = [Case(str(tiny_model(kind)), deterministic=False) for kind in kinds]
     sums.append(Case(llama, quantization="int8", deterministic=False))
-    on_ranks(check_two, 2, in_one_process(same, tmp_path / "same"), in_one_process(sums, tmp_path / "sums"))
+    folders = [str(tiny_encoder(kind)) for kind in ("bert", "roberta")]
+    encoders = [(folder, encoder_states(folder).numpy().tobytes()) for folder in folders]
+    files = in_one_process(same, tmp_path / "same"), in_one_process(sums, tmp_path / "sums")
+    on_ranks(check_two, 2, *files, encoders)
 
 
 def test_three_ranks_have_the_bits_of_one(tmp_path: Path):
+    """Until one of them dies, which the others are told."""
     same = [Case(str(tiny_model(kind))) for kind in THREE_RANKS]
     same.append(Case(str(tiny_model("gpt2")), quantization="int4"))
     same.append(Case(str(tiny_model("falcon")), dtype="float16"))
     sums = [Case(str(tiny_model("gpt2")), deterministic=False)]
-    on_ranks(check_three, 3, in_one_process(same, tmp_path / "same"), in_one_process(sums, tmp_path / "sums"))
+    files = in_one_process(same, tmp_path / "same"), in_one_process(sums, tmp_path / "sums")
+    first, second, last = on_ranks(check_three, 3, *files, dying=[2])
+    assert last is None
+    assert "a rank is gone" in first
+    assert "a rank is gone" in second
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -63,3 +72,10 @@ def test_every_kind_has_the_bits_of_one_process(size: int, tmp_path: Path):
     dtypes = ("float32", "bfloat16")
     cases = [Case(str(tiny_model(kind)), dtype=dtype) for kind in KINDS for dtype in dtypes]
     on_ranks(check_same, size, in_one_process(cases, tmp_path), timeout_s=900)
+
+
+@pytest.mark.slow
+def test_triton_gives_ranks_the_bits_of_one_process(interpreter: None, tmp_path: Path):
+    """The processes of the ranks compute in Triton's interpreter, too."""
+    cases = [Case(str(tiny_model("llama"))), Case(str(tiny_model("llama")), "bfloat16", "int4")]
+    on_ranks(check_same, 2, in_one_process(cases, tmp_path), timeout_s=900)
