@@ -117,6 +117,20 @@ def check_same(group: Group, files: Sequence[tuple[Case, str]]) -> None:
         engine.close()
 
 
+def check_few(group: Group, files: Sequence[tuple[Case, str]]) -> None:
+    """Of ops that are slow."""
+    for case, path in files:
+        engine = Engine(plan_of(case, Shard(group.rank, group.size)), group=group)
+        assert torch.equal(few(engine), load_file(path)["few"]), case.name
+
+
+def few(engine: Engine) -> Tensor:
+    """Logits of a few tokens, and of one after them."""
+    tokens, table = prompt(1, 4), [3]
+    first = engine.forward([BatchEntry(tokens[:3], 0, table)]).clone()
+    return torch.cat([first, engine.forward([BatchEntry(tokens[3:], 3, table)])])
+
+
 def check_sums(group: Group, files: Sequence[tuple[Case, str]]) -> None:
     """Last linears cut by their inputs: partial sums are added, and the bits are those of so many ranks."""
     check_same(group, files)

@@ -104,7 +104,7 @@ class Transformer:
         """A linear whose outputs may lie on the ranks -> out, with all of them."""
         if self.ranks is None:
             return self.linear(x, weight, out)
-        own = self.linear(x, weight, take("own_columns", x.shape[0], weight.out_features, out.dtype))
+        own = self.linear(x, weight, take(f"own_{columns}", x.shape[0], weight.out_features, out.dtype))
         return self.ranks.gather(own, columns, out)
 
     def _last_linear(

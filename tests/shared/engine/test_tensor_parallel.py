@@ -5,9 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
+from shared.engine import Engine
 from shared.parallel.sharding import Shard
-from tests.rank_engines import Case, check_same, check_three, check_two, encoder_states, in_one_process, plan_of
+from tests.rank_engines import (
+    Case,
+    check_few,
+    check_same,
+    check_three,
+    check_two,
+    encoder_states,
+    few,
+    in_one_process,
+    plan_of,
+)
 from tests.ranks import on_ranks
 from tests.tiny_encoders import tiny_encoder
 from tests.tiny_models import KINDS, tiny_gguf, tiny_model
@@ -35,7 +47,7 @@ def test_two_ranks_have_the_bits_of_one(tmp_path: Path):
     """And those that add partial sums have its tokens."""
     llama = str(tiny_model("llama"))
     same = [Case(str(tiny_model(kind))) for kind in TWO_RANKS]
-    same += [Case(llama, quantization=mode) for mode in ("int8", "int4")]
+    same += [Case(llama, quantization=mode) for mode in ("int8", "int8_dynamic", "int4", "fp8")]
     same += [Case(llama, dtype="bfloat16"), Case(str(tiny_gguf()), quantization="int8")]
     kinds = ("llama-untied-biased", "gpt2", "qwen2_moe")
     sums = [Case(str(tiny_model(kind)), deterministic=False) for kind in kinds]
@@ -77,5 +89,6 @@ def test_every_kind_has_the_bits_of_one_process(size: int, tmp_path: Path):
 @pytest.mark.slow
 def test_triton_gives_ranks_the_bits_of_one_process(interpreter: None, tmp_path: Path):
     """The processes of the ranks compute in Triton's interpreter, too."""
-    cases = [Case(str(tiny_model("llama"))), Case(str(tiny_model("llama")), "bfloat16", "int4")]
-    on_ranks(check_same, 2, in_one_process(cases, tmp_path), timeout_s=900)
+    case, path = Case(str(tiny_model("llama")), "bfloat16", "int4"), str(tmp_path / "few.safetensors")
+    save_file({"few": few(Engine(plan_of(case)))}, path)
+    on_ranks(check_few, 2, [(case, path)], timeout_s=250)
