@@ -225,7 +225,8 @@ class TandemConfig(BaseSettings):
     )
     deterministic: bool = Field(
         default=True,
-        description="on cuda: a token's bits are its own, whatever is computed beside it; on cpu they always are",
+        description="on cuda: a token's bits are its own, whatever is computed beside it; on cpu they always are; "
+        "and ranks compute the bits of one process",
     )
     enable_cuda_graph: bool = Field(
         default=True, description="on cuda: decode steps are captured once and replayed; false = op by op"

@@ -13,16 +13,19 @@ from shared.model_store import ModelStore
 from shared.policies.table import embeds
 
 MIB = 1 << 20
-# of a worker before its pool and its weights: Python, torch and the ops
+# of each rank of a worker before its pool and its weights: Python, torch and the ops
 _WORKER_BYTES = 200 * MIB
 # of a process, beside its ops' threads: gRPC, asyncio's executor, copies
 _PROCESS_THREADS = 48
+# of a rank that is not the worker's own process: what exchanges activations
+_RANK_THREADS = 8
 FEW_FILES = 4096
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Bytes of host memory: of the weights, which the workers of a host share, and of one worker of each role."""
+    """Bytes of host memory: of the weights, which the workers of a host share, and of one worker of each role, with all
+    its ranks."""
 
     weights_bytes: int  # 0 where the model is not here or its weights go to the GPU
     prefill_bytes: int
@@ -38,16 +41,22 @@ class Demand:
         vectors = _embeds(config)
         prefill, decode, num_decode = config.prefill, config.decode, 0 if vectors else config.up.decode
         workers = config.up.prefill + num_decode
+        prefill_ranks, decode_ranks = config.tp_of(prefill), config.tp_of(decode)
+        others = config.up.prefill * (prefill_ranks - 1) + num_decode * (decode_ranks - 1)
+        # ranks of another number have other slices of the weights
+        running = ((config.up.prefill, prefill_ranks), (num_decode, decode_ranks))
+        copies = len({ranks for count, ranks in running if count})
         ops = config.threads or len(os.sched_getaffinity(0))
         return cls(
-            weights_bytes=0 if config.device == "cuda" else _weights_bytes(config.model),
-            prefill_bytes=_WORKER_BYTES + (0 if vectors or prefill.num_blocks else prefill.kv_memory_mib * MIB),
-            decode_bytes=_WORKER_BYTES
+            weights_bytes=0 if config.device == "cuda" else copies * _weights_bytes(config.model),
+            prefill_bytes=_WORKER_BYTES * prefill_ranks
+            + (0 if vectors or prefill.num_blocks else prefill.kv_memory_mib * MIB),
+            decode_bytes=_WORKER_BYTES * decode_ranks
             + (0 if decode.num_blocks else decode.kv_memory_mib * MIB)
             + decode.swap_memory_mib * MIB * (decode.preemption == "swap"),
             num_prefill=config.up.prefill,
             num_decode=num_decode,
-            threads=workers * (ops + _PROCESS_THREADS) + _PROCESS_THREADS,
+            threads=workers * (ops + _PROCESS_THREADS) + others * _RANK_THREADS + _PROCESS_THREADS,
             # a client may hold a connection for each request, and a worker one to each of its peers
             files=max(FEW_FILES, 2 * (config.gateway.max_running + config.gateway.max_queued)),
         )
