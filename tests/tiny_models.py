@@ -1,6 +1,7 @@
 """Tiny random models of every family, made on the fly with a tokenizer, once per test process.
 
 path = tiny_model("qwen3")       # a Hugging Face folder: config, safetensors, tokenizer, chat template
+path = deep_model()              # one of many layers, of which each matrix is little
 path = tiny_gguf()               # the "llama" one as a .gguf file
 files = smollm2()                # the real default model, from the user's store (pulled if it is not there)
 """
@@ -217,6 +218,23 @@ def tiny_model(kind: str = "llama", *, seed: int = 0) -> Path:
                 torch.nn.init.uniform_(parameter, low, high)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder, save_jinja_files=False)
+    return folder
+
+
+@functools.cache
+def deep_model() -> Path:
+    """Of so many layers that one matrix is little beside them all; bfloat16."""
+    folder = models_root() / "deep"
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=40,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
 
 

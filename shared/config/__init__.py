@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from shared.config.parallel import MoeConfig, TensorParallelConfig
 from shared.config.quantization import (
     ActivationQuantConfig,
+    GroupQuantConfig,
     QkvQuantConfig,
     QuantizationConfig,
     WeightQuantConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "ConfigError",
     "DecodeConfig",
     "GatewayConfig",
+    "GroupQuantConfig",
     "InferenceConfig",
     "KvCacheConfig",
     "KvDtype",

@@ -9,13 +9,11 @@ A value that the engine could only ignore is refused, and so are two values that
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import reduce
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import (
-    AfterValidator,
     Field,
     SerializationInfo,
     field_serializer,
@@ -25,34 +23,10 @@ from pydantic import (
 
 from kernels.device import INTERPRETED
 from shared.config.dtype import dtype_name
-from shared.config.options import Deprecated, Options, Positive
+from shared.config.options import Deprecated, Options, Positive, only
 from shared.config.parallel import MoeConfig, TensorParallelConfig
 from shared.config.quantization import QuantizationConfig
 from shared.policies.policy import Policy
-
-# What the engine does in one way so far, the default one. Each can be set, and check_supported refuses it.
-ONE_WAY_SO_FAR = (
-    "quant.activation.num_bits",
-    "quant.activation.q_type",
-    "quant.activation.q_groups",
-    "quant.weight.num_bits",
-    "quant.weight.q_type",
-    "quant.weight.q_groups",
-    "quant.weight.quantized_initialization",
-    "quant.weight.post_init_quant",
-    "quant.qkv.enabled",
-)
-
-
-def _only(value: object, why: str) -> AfterValidator:
-    """Refuses every other value."""
-
-    def check(given: Any) -> Any:
-        if given != value:
-            raise ValueError(f"{given!r} is refused: {why}")
-        return given
-
-    return AfterValidator(check)
 
 
 class CheckpointConfig(Options):
@@ -90,7 +64,7 @@ class InferenceConfig(Options):
     )
     dtype: torch.dtype = Field(
         default=torch.float16,
-        description="of weights and activations, a torch.dtype or a name of it; int8 = weights of linears alone",
+        description="of weights and activations, a torch.dtype or a name of it; int8: linears' weights by `quant`",
     )
     tensor_parallel: TensorParallelConfig = Field(
         default_factory=TensorParallelConfig, alias="tp", description="how layers are split over devices"
@@ -100,19 +74,17 @@ class InferenceConfig(Options):
         default=False, description="refuse to run where Triton's kernels cannot; on CUDA they are taken anyway"
     )
     triton_autotune: Annotated[
-        bool, _only(False, "tiles are fixed, as other tiles would give other bits; leave it out")
+        bool, only(False, "tiles are fixed, as other tiles would give other bits; leave it out")
     ] = Field(default=False, description="false")
     zero: Annotated[
-        dict[str, Any], _only({}, "ZeRO splits the state of a training, and there is none here; leave it out")
+        dict[str, Any], only({}, "ZeRO splits the state of a training, and there is none here; leave it out")
     ] = Field(default_factory=dict, description="empty")
     triangular_masking: bool = Field(
         default=True, alias="tm", description="a token attends to no later one; false for a decoder is refused"
     )
     moe: MoeConfig = Field(default_factory=MoeConfig, description="how experts are split over devices; true or false")
     keep_module_on_host: bool = Field(default=False, description="leave the weights in the host's memory")
-    quant: QuantizationConfig = Field(
-        default_factory=QuantizationConfig, description="how dtype int8 quantizes; by default symmetric, by rows"
-    )
+    quant: QuantizationConfig = Field(default_factory=QuantizationConfig, description="what is quantized, and how")
     checkpoint: str | dict[str, Any] | None = Field(
         default=None, description="path of a checkpoint or of its JSON description, or the description itself"
     )
@@ -125,10 +97,10 @@ class InferenceConfig(Options):
         default_factory=CheckpointConfig, alias="ckpt_config", description="another place for the three above"
     )
     return_tuple: Annotated[
-        bool, _only(True, "forward returns the model's own type, and layers return to none but it; leave it out")
+        bool, only(True, "forward returns the model's own type, and layers return to none but it; leave it out")
     ] = Field(default=True, description="true")
     training_mp_size: Annotated[
-        int, _only(1, "a checkpoint's files tell the degree that they were written for; leave it out")
+        int, only(1, "a checkpoint's files tell the degree that they were written for; leave it out")
     ] = Field(default=1, description="1")
     injection_policy: Policy | dict[type[torch.nn.Module], tuple[str, ...]] | None = Field(
         default=None,
@@ -136,7 +108,7 @@ class InferenceConfig(Options):
         description="{module class: suffixes of its linears whose outputs are summed over devices}, or a Policy",
     )
     injection_policy_tuple: Annotated[
-        tuple[str, ...] | None, _only(None, "the engine reads the suffixes from injection_policy; give them there")
+        tuple[str, ...] | None, only(None, "the engine reads the suffixes from injection_policy; give them there")
     ] = Field(default=None, description="none")
     config: dict[str, Any] | None = Field(
         default=None, alias="args", description="fields of the model's own config to be other than it says"
@@ -148,20 +120,12 @@ class InferenceConfig(Options):
         default=1, alias="min_tokens", description="tokens that there must be memory for, or the engine does not start"
     )
     transposed_mode: Annotated[
-        bool, _only(False, "the policy of a model's family says how its weights lie; leave it out")
+        bool, only(False, "the policy of a model's family says how its weights lie; leave it out")
     ] = Field(default=False, alias="transposed_mode", description="false")
 
     def check_supported(self) -> None:
-        """Raises ValueError, with a line for each field that asks for what the engine does not do yet.
-
-        Checks for contradictions again: a section's fields may have been set by themselves since.
-        """
+        """Raises ValueError for contradictions: a section's fields may have been set by themselves since."""
         self._settle()
-        plain = InferenceConfig()
-        asked = {name: _at(self, name) for name in ONE_WAY_SO_FAR if _at(self, name) != _at(plain, name)}
-        if asked:
-            lines = (f"{name}: {value!r} is not supported yet; leave it out" for name, value in asked.items())
-            raise ValueError("\n".join(lines))
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -232,8 +196,9 @@ class InferenceConfig(Options):
             if nested:
                 vars(self)[name] = nested  # past __setattr__: it was not given
         quant = self.quant
-        for name in ("tensor_parallel.tp_size", "moe.ep_size"):
-            if self.enable_cuda_graph and (size := _at(self, name)) > 1:
+        sizes = {"tensor_parallel.tp_size": self.tensor_parallel.tp_size, "moe.ep_size": self.moe.ep_size}
+        for name, size in sizes.items():
+            if self.enable_cuda_graph and size > 1:
                 raise ValueError(
                     f"enable_cuda_graph: Cuda graph is not supported for model parallelism, and {name} is {size}; "
                     "leave one of them out"
@@ -248,9 +213,7 @@ class InferenceConfig(Options):
                 f"min_out_tokens: {self.min_out_tokens} exceeds max_out_tokens ({self.max_out_tokens}); lower the one "
                 "or raise the other"
             )
-        if self.dtype == torch.int8 and not (quant.enabled and quant.weight.enabled):
-            section = "quant.weight" if quant.enabled else "quant"
-            raise ValueError(f"{section}.enabled: false, and dtype is int8; leave it out, or give another dtype")
+        quant.check(str(self.dtype).removeprefix("torch."))
         if self.base_dir and self.checkpoint is None:
             raise ValueError(f"base_dir: {self.base_dir!r}, and no checkpoint has its files there; name it, too")
         if self.checkpoint_config.tag is not None and not isinstance(self.checkpoint, str):
@@ -267,7 +230,3 @@ class InferenceConfig(Options):
     def _meaning(cls, name: str, value: Any) -> Any:
         known = name == "dtype" and isinstance(value, str | torch.dtype)
         return cls._torch_dtype(value) if known else super()._meaning(name, value)
-
-
-def _at(config: InferenceConfig, path: str) -> Any:
-    return reduce(getattr, path.split("."), config)

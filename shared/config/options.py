@@ -15,9 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
+
+
+def only(value: object, why: str) -> AfterValidator:
+    """Refuses every other value."""
+
+    def check(given: Any) -> Any:
+        if given != value:
+            raise ValueError(f"{given!r} is refused: {why}")
+        return given
+
+    return AfterValidator(check)
 
 
 @dataclass(frozen=True)

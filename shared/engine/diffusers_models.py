@@ -23,9 +23,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from kernels.quantization import Quantization
 from shared.engine import image_layers as ours
 from shared.engine.image_bindings import Binding, attention_binding
+from shared.models.quantization import Scheme
 
 __all__ = ["ModelMixin", "Replacer", "check"]
 
@@ -42,7 +42,7 @@ class Replacer:
     """
 
     bindings: dict[str, Binding]
-    quantization: Quantization | None
+    scheme: Scheme | None
     used: list[Binding]
 
     def replace(self, model: nn.Module) -> None:
@@ -163,7 +163,7 @@ class Replacer:
 
     def _projection(self, *linears: Any) -> ours.Projection:
         self.used.append(self.bindings["linear"])
-        return ours.Projection(linears, self.bindings["linear"], self.quantization)
+        return ours.Projection(linears, self.bindings["linear"], self.scheme)
 
 
 def check(name: str, model: nn.Module) -> None:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from kernels.quantization import Quantization
 from shared.config import InferenceConfig
 from shared.engine.image_bindings import Binding, bindings
-from shared.models.quantization import QuantizationPlan
+from shared.engine.quant_options import QuantOptions
+from shared.engine.quantized_modules import forms_of, linears_of
+from shared.models.quantization import Scheme
 from shared.module_graph import ModuleGraph
 
 # what says how a model is loaded or made, or how many tokens it makes; a pipeline comes loaded, and makes images
@@ -51,14 +52,14 @@ def is_pipeline(model: object) -> bool:
 class InjectedPipeline:
     """A pipeline in its new form: `pipeline` is the one that was given."""
 
-    def __init__(
-        self, pipeline: Any, config: InferenceConfig, *, device: str, dtype: torch.dtype, plan: QuantizationPlan
-    ) -> None:
+    def __init__(self, pipeline: Any, config: InferenceConfig, *, device: str, dtype: torch.dtype) -> None:
         """Raises ValueError naming the option, or the layer, that makes it impossible, before anything is changed."""
         _refuse(config)
         injects = config.replace_with_kernel_inject
-        if not plan.is_plain and not injects:
-            raise ValueError("dtype: int8 quantizes the engine's linears; set kernel_inject, or use another dtype")
+        options = QuantOptions(config)
+        if not options.is_plain and not injects:
+            raise ValueError("quant: of a pipeline the engine's linears are quantized; set kernel_inject, or leave out")
+        scheme = options.layers or options.every
         device = "cpu" if config.keep_module_on_host else device
         self.pipeline = pipeline
         self.bindings: list[tuple[str, Binding, int]] = []  # (model, whose op, how many of its layers)
@@ -69,14 +70,14 @@ class InjectedPipeline:
             image_models = {name: part for name, part in models.items() if isinstance(part, ModelMixin)}
             for name, part in image_models.items():
                 check(name, part)
+                forms_of(part, dict.fromkeys(linears_of(part), scheme) if scheme else {})
         else:
             image_models = {}
         for part in models.values():
             # torch's own `to`: that of diffusers logs a warning whatever the model
             nn.Module.to(part.eval().requires_grad_(False), device, dtype)
-        quantization = plan.layers and plan.layers.quantization
         for name, part in image_models.items():
-            self._inject(name, part, bindings(device, dtype, quantization), quantization)
+            self._inject(name, part, bindings(device, dtype, scheme and scheme.quantization), scheme)
         for name, part in models.items():
             if name not in image_models and name.startswith("text_encoder"):
                 setattr(pipeline, name, _text_encoder(part))
@@ -88,13 +89,11 @@ class InjectedPipeline:
         """Lets go of the pipeline, whose models go on working."""
         self.pipeline = None
 
-    def _inject(
-        self, name: str, model: nn.Module, whose: dict[str, Binding], quantization: Quantization | None
-    ) -> None:
+    def _inject(self, name: str, model: nn.Module, whose: dict[str, Binding], scheme: Scheme | None) -> None:
         from shared.engine.diffusers_models import Replacer
 
         used: list[Binding] = []
-        Replacer(whose, quantization, used).replace(model)
+        Replacer(whose, scheme, used).replace(model)
         for part in _called(model):
             part.register_forward_pre_hook(_refuse_gradients, with_kwargs=True)
         self.bindings += [(name, binding, count) for binding, count in Counter(used).items()]
@@ -152,6 +151,9 @@ def _refuse(config: InferenceConfig) -> None:
     for name in _OF_OTHER_MODELS:
         if getattr(config, name) != getattr(plain, name):
             raise ValueError(f"{name}: not taken for a pipeline, which comes loaded and makes images; leave it out")
+    if config.quant.weight.post_init_quant or not config.quant.qkv.enabled:
+        name = "qkv.enabled" if not config.quant.qkv.enabled else "weight.post_init_quant"
+        raise ValueError(f"quant.{name}: not taken for a pipeline, whose linears are quantized alike; leave it out")
 
 
 def _refuse_gradients(module: nn.Module, args: Any, kwargs: Any) -> None:

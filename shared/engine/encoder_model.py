@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from shared.checkpoint import Checkpoint, CheckpointError
 from shared.checkpoint.state_dict import StateDictCheckpoint
+from shared.engine.quant_options import QuantOptions, parameter_names
 from shared.models.encoder import Encoder
-from shared.models.quantization import QuantizationPlan
 from shared.models.ranks import Ranks
 from shared.models.weights import load_weights
 from shared.parallel.group import Group
@@ -55,7 +55,7 @@ class EncoderModel:
         model: Any,
         checkpoint: Checkpoint | None,
         dtype: torch.dtype,
-        quantization: QuantizationPlan,
+        quantization: QuantOptions,
         device: str,
         group: Group | None = None,
         shard: Shard | None = None,
@@ -75,6 +75,7 @@ class EncoderModel:
         self._encoders: list[Encoder] = []
         self._policies = encoders_of(model)
         self.module = self._replaced(model, "")
+        quantization.check_used()
 
     def close(self) -> None:
         """Lets go of the weights."""
@@ -109,7 +110,7 @@ class EncoderModel:
             checkpoint,
             dtype=self._dtype,
             device=self._device,
-            quantization=self._quantization,
+            quantization=self._quantization.plan(policy, architecture, parameter_names(module)),
             policy=policy,
             shard=self._shard,
         )

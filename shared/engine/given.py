@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shared.checkpoint import Checkpoint, CheckpointError, Sizes, check_names, open_any, place_of
 from shared.checkpoint.slices import part_of
 from shared.checkpoint.state_dict import StateDictCheckpoint
 from shared.config import InferenceConfig
+from shared.engine.quantized_modules import QuantizedModule
 from shared.parallel.partition import Slice
 
 
@@ -91,13 +92,19 @@ def load_into(
     checkpoint: Checkpoint,
     ignored: Iterable[str] = (),
     slices: Mapping[str, Slice] | None = None,
+    read: Collection[str] = (),
 ) -> None:
     """Copies every parameter of a checkpoint into a module in memory, which has the same names.
 
-    ignored: patterns of names that are not read. slices: of those that the module has a part of. Raises
-    CheckpointError naming a parameter that is missing, not known or of another shape, and its file.
+    ignored: patterns of names that are not read. slices: of those that the module has a part of. read: names that were
+    read already. Raises CheckpointError naming a parameter that is missing, not known or of another shape, and its
+    file.
     """
-    own, present, slices = module.state_dict(), checkpoint.names(), slices or {}
+    own: dict[str, Tensor] = {}
+    for name, part in module.named_modules():
+        if not isinstance(part, QuantizedModule):  # which take their own
+            part._save_to_state_dict(own, f"{name}." if name else "", keep_vars=False)
+    present, slices = checkpoint.names() - set(read), slices or {}
     # one of two names of the same memory is enough, or of a part of it
     filled = {own[name].data_ptr() for name in present & own.keys()}
     whole = {own[name].untyped_storage().data_ptr() for name in present & own.keys()}

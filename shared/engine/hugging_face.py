@@ -5,10 +5,11 @@ The one file of the engine that imports transformers; that takes seconds, and no
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -190,17 +192,34 @@ def encoder_from_folder(folder: Path) -> PreTrainedModel:
     return kind.from_pretrained(folder, dtype=torch.float32)
 
 
-def without_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A model of the same class and config in memory, whose parameters hold nothing yet and are of this dtype."""
+def without_weights(
+    model: PreTrainedModel, dtype: torch.dtype | None = None, *, on_meta: tuple[type[nn.Module], ...] = ()
+) -> PreTrainedModel:
+    """A model of the same class and config in memory, whose parameters hold nothing yet and are of this dtype.
+
+    on_meta: classes of layers that have no memory either.
+    """
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype or default)
     try:
-        with no_init_weights():
+        with _made_on_meta(on_meta), no_init_weights():
             fresh = type(model)(model.config)
     finally:
         torch.set_default_dtype(default)
     fresh.tie_weights()
     return fresh
+
+
+@contextlib.contextmanager
+def _made_on_meta(kinds: tuple[type[nn.Module], ...]) -> Iterator[None]:
+    def move(module: nn.Module, name: str, part: nn.Module | None) -> nn.Module | None:
+        return part.to("meta") if type(part) in kinds and part is not None else None
+
+    handle = register_module_module_registration_hook(move)  # pyright: ignore[reportArgumentType] - it may answer one
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 _DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")

@@ -18,14 +18,14 @@ from kernels.attention import dense_attention
 from kernels.group_norm import group_norm
 from kernels.layer_norm import add_layer_norm, layer_norm
 from kernels.linear import LinearWeight, linear
-from kernels.quantization import Quantization
 from shared.engine.image_bindings import Binding
+from shared.models.quantization import Scheme
 
 
 class Projection(nn.Module):
     """Linears of the same input as one, back to back: y = x @ cat(weights).T + cat(biases)."""
 
-    def __init__(self, linears: Sequence[nn.Linear], binding: Binding, quantization: Quantization | None) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], binding: Binding, scheme: Scheme | None) -> None:
         super().__init__()
         weight = torch.cat([each.weight.detach() for each in linears])
         bias = None
@@ -34,7 +34,8 @@ class Projection(nn.Module):
                 [each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias for each in linears]
             ).detach()
         self.sizes = [len(each.weight) for each in linears]
-        self.packed = LinearWeight(weight, bias, quantization) if binding.implementation == "engine" else None
+        how = scheme and scheme.of(weight.shape[1])
+        self.packed = LinearWeight(weight, bias, how) if binding.implementation == "engine" else None
         if self.packed is None:
             self.weight = nn.Parameter(weight, requires_grad=False)
             self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)

@@ -34,11 +34,12 @@ from shared.engine.diffusion import InjectedPipeline, is_pipeline
 from shared.engine.encoder_model import EncoderModel, encoders_of, is_encoder
 from shared.engine.expert_options import check_experts, fields_with_experts, policy_with_experts, refuse_experts
 from shared.engine.given import Given, fields_of, given_module, load_into
+from shared.engine.quant_options import QuantOptions, parameter_names
+from shared.engine.quantized_model import quantized_model
 from shared.engine.ranks import expert_groups_of, group_of, same_random_state
 from shared.engine.saving import quantized_of, save
 from shared.model_files import find_weights, read_json
 from shared.models.architecture import Architecture
-from shared.models.quantization import QuantizationPlan
 from shared.models.weights import load_weights
 from shared.parallel.group import Group
 from shared.parallel.sharding import Shard
@@ -77,8 +78,7 @@ def _injection(model: Any, config: InferenceConfig, device: str, group: Group | 
         refuse_experts(config.moe)
         if group is not None:
             raise ValueError(f"tensor_parallel.tp_size: {group.size}, and a pipeline is not split; leave it out")
-        dtype, plan = compute_dtype(config, device)
-        pipeline = InjectedPipeline(model, config, device=device, dtype=dtype, plan=plan)
+        pipeline = InjectedPipeline(model, config, device=device, dtype=compute_dtype(config, device))
         return Injection(model, pipeline.close, pipeline=pipeline)
     if not isinstance(model, str | Path | nn.Module):
         raise ValueError(f"model: wants a model, a folder or a pipeline, has a {type(model).__name__}")
@@ -94,14 +94,14 @@ def _injection(model: Any, config: InferenceConfig, device: str, group: Group | 
     return _as_it_is(model, config, device, group)
 
 
-def compute_dtype(config: InferenceConfig, device: str) -> tuple[torch.dtype, QuantizationPlan]:
-    """Of activations, and how weights are kept. Raises ValueError for a dtype that the device does not compute in."""
+def compute_dtype(config: InferenceConfig, device: str) -> torch.dtype:
+    """Of activations, which int8 is not of. Raises ValueError for a dtype that the device does not compute in."""
     if config.dtype == torch.int8:
-        return torch.bfloat16, QuantizationPlan.of_mode("int8")
+        return torch.bfloat16
     if config.dtype not in DTYPES.values():
         names = ", ".join([*DTYPES, "int8"])
         raise ValueError(f"dtype: Data type {config.dtype} is not supported by {device} accelerator; use {names}")
-    return config.dtype, QuantizationPlan()
+    return config.dtype
 
 
 def _given_folder(folder: Path, config: InferenceConfig) -> Given:
@@ -155,7 +155,7 @@ def _to_be_asked(given: Given, config: InferenceConfig) -> Given:
 
 
 def _causal_lm(given: Given, config: InferenceConfig, device: str, group: Group | None) -> Injection:
-    dtype, plan = compute_dtype(config, device)
+    dtype = compute_dtype(config, device)
     if not config.triangular_masking:
         raise ValueError("triangular_masking: false, and a decoder's tokens attend to no later ones; leave it out")
     policy, given = _policy(given, config)
@@ -168,6 +168,9 @@ def _causal_lm(given: Given, config: InferenceConfig, device: str, group: Group 
         raise UnsupportedModelError("architectures", f"{type(module).__name__} is no causal language model")
     if config.set_empty_params:
         return Injection(given.module.to("meta").eval(), lambda: None)
+    options = QuantOptions(config)
+    plan = options.plan(policy, architecture, parameter_names(given.module))
+    options.check_used()
     checkpoint = given.checkpoint(config)
     policy = _layout(policy, architecture, checkpoint)
     shard = _shard(config, group)
@@ -233,17 +236,26 @@ def _layout(policy: Policy, architecture: Architecture, checkpoint: Checkpoint) 
 
 
 def _as_it_is(model: nn.Module | str | Path, config: InferenceConfig, device: str, group: Group | None) -> Injection:
-    dtype, plan = compute_dtype(config, device)
-    if not plan.is_plain:
-        raise ValueError("dtype: int8 quantizes the engine's linears; set kernel_inject, or use another dtype")
+    dtype, quantizes = compute_dtype(config, device), not QuantOptions(config).is_plain
     if isinstance(config.injection_policy, Policy):
         raise ValueError("injection_policy: a Policy is for fused layers; set kernel_inject, or leave it out")
-    given = _loaded_folder(Path(model), config, dtype) if isinstance(model, str | Path) else given_module(model, config)
+    if isinstance(model, str | Path):
+        given = _loaded_folder(Path(model), config, dtype, without_weights=quantizes)
+    else:
+        given = given_module(model, config)
     if isinstance(config.injection_policy, dict):
         _check_suffixes(given.module, config.injection_policy)
     module = given.module
     if config.set_empty_params:
         return Injection(module.to("meta").eval(), lambda: None)
+    if quantizes:
+        if group is not None:
+            raise ValueError(
+                f"tensor_parallel.tp_size: {group.size}, and a quantized model is split by fused layers alone; set "
+                "kernel_inject, or leave it out"
+            )
+        module = quantized_model(given, config, dtype, device)
+        return Injection(module, lambda: None, wants_graph=config.enable_cuda_graph)
     family = POLICIES.get(str(given.fields.get("model_type")))
     ignored = family.ignored if family else ()
     split = None
@@ -263,8 +275,8 @@ def _as_it_is(model: nn.Module | str | Path, config: InferenceConfig, device: st
     return Injection(module.to(device), lambda: None, wants_graph=config.enable_cuda_graph)
 
 
-def _loaded_folder(folder: Path, config: InferenceConfig, dtype: torch.dtype) -> Given:
-    """As transformers loads it; on the meta device where a checkpoint has the weights."""
+def _loaded_folder(folder: Path, config: InferenceConfig, dtype: torch.dtype, *, without_weights: bool) -> Given:
+    """As transformers loads it; on the meta device where a checkpoint has the weights, or if they are asked for so."""
     from shared.engine.hugging_face import is_listed, model_from_folder
 
     written = _config_json(folder)
@@ -272,7 +284,7 @@ def _loaded_folder(folder: Path, config: InferenceConfig, dtype: torch.dtype) ->
         raise UnsupportedModelError(
             "model_type", f"transformers has no class for {written.get('model_type')!r}; give the model itself"
         )
-    if config.checkpoint is not None or config.set_empty_params:
+    if config.checkpoint is not None or config.set_empty_params or without_weights:
         return _given_folder(folder, config)
     allow_pickle = config.checkpoint_config.allow_pickle
     find_weights(folder, allow_pickle=allow_pickle)
@@ -317,6 +329,6 @@ def _encoder_folder(folder: Path) -> nn.Module:
 
 def _encoders(given: Given, config: InferenceConfig, device: str, group: Group | None) -> Injection:
     checkpoint = given.checkpoint(config) if config.checkpoint else None
-    shard = _shard(config, group)
-    injected = EncoderModel(given.module, checkpoint, *compute_dtype(config, device), device, group, shard)
+    shard, dtype, options = _shard(config, group), compute_dtype(config, device), QuantOptions(config)
+    injected = EncoderModel(given.module, checkpoint, dtype, options, device, group, shard)
     return Injection(injected.module, injected.close, wants_graph=config.enable_cuda_graph)

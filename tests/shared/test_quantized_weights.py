@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.batch import BatchEntry, build_batch
 from shared.checkpoint import Checkpoint, open_any, open_checkpoint, save_mp_checkpoint
@@ -27,7 +25,7 @@ from shared.models.quantization import QuantizationPlan
 from shared.models.weights import ModelWeights, load_weights
 from shared.policies.table import architecture_of, policy_for
 from tests.live_bytes import LiveBytes, bytes_of
-from tests.tiny_models import models_root, tiny_model
+from tests.tiny_models import deep_model, tiny_model
 
 MODES: tuple[QuantizationMode, ...] = ("int8", "int4")
 EXCLUDE = ("layers.1.*", "*.down")
@@ -41,23 +39,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@functools.cache
-def deep_model() -> Path:
-    """Of so many layers that one matrix is little beside them all; bfloat16."""
-    folder = models_root() / "deep"
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=40,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 def opened(folder: Path) -> tuple[Architecture, Checkpoint]:

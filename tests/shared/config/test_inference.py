@@ -20,6 +20,7 @@ import shared.config
 from shared.config import (
     ActivationQuantConfig,
     CheckpointConfig,
+    GroupQuantConfig,
     InferenceConfig,
     MoeConfig,
     QkvQuantConfig,
@@ -28,7 +29,6 @@ from shared.config import (
     WeightQuantConfig,
 )
 from shared.config import inference as module
-from shared.config.inference import ONE_WAY_SO_FAR
 from shared.config.options import Options
 from shared.policies.table import POLICIES
 
@@ -82,7 +82,13 @@ FIELDS: dict[type[Options], dict[str, tuple[str | None, Any]]] = {
         "ep_mp_group": (None, None),
         "ep_group": ("expert_group", None),
     },
-    ActivationQuantConfig: BASE_QUANT,
+    ActivationQuantConfig: {**BASE_QUANT, "dynamic": (None, False)},
+    GroupQuantConfig: {
+        "num_bits": (None, 8),
+        "group_size": (None, None),
+        "group_dim": (None, 1),
+        "symmetric": (None, False),
+    },
     WeightQuantConfig: {**BASE_QUANT, "quantized_initialization": (None, {}), "post_init_quant": (None, {})},
     QkvQuantConfig: {"enabled": (None, True)},
     QuantizationConfig: {
@@ -340,9 +346,35 @@ def test_checkpoint_config_says_the_same_as_the_fields():
         ({"max_tokens": 0}, r"max_out_tokens\n.*greater than or equal to 1"),
         ({"min_out_tokens": 0}, r"min_out_tokens\n.*greater than or equal to 1"),
         ({"training_mp_size": 0}, r"training_mp_size\n.*0 is refused: a checkpoint's files tell the degree"),
-        ({"quant": {"weight": {"num_bits": 6}}}, r"quant\.weight\.num_bits\n.*4 or 8"),
-        ({"quant": {"activation": {"q_groups": 0}}}, r"quant\.activation\.q_groups\n.*greater than or equal to 1"),
-        ({"quant": {"weight": {"q_type": "log"}}}, r"quant\.weight\.q_type\n.*'symmetric' or 'asymmetric'"),
+        ({"quant": {"weight": {"num_bits": 5}}}, r"quant\.weight\.num_bits\n.*4, 6 or 8"),
+        (
+            {"quant": {"weight": {"num_bits": 6}}},
+            r"quant\.weight\n.*num_bits: 6, and q_type is symmetric: int",
+        ),
+        ({"quant": {"weight": {"num_bits": 4, "q_type": "float"}}}, "num_bits: 4, and q_type is float: .* floats 6 or"),
+        ({"quant": {"weight": {"q_groups": 0}}}, r"quant\.weight\.q_groups\n.*greater than or equal to 1"),
+        ({"quant": {"weight": {"q_type": "log"}}}, r"quant\.weight\.q_type\n.*'symmetric', 'asymmetric' or 'float'"),
+        ({"quant": {"activation": {"num_bits": 4}}}, r"quant\.activation\.num_bits\n.*4 is refused: rows become int8"),
+        (
+            {"quant": {"activation": {"q_groups": 2}}},
+            r"quant\.activation\.q_groups\n.*2 is refused: a row has one",
+        ),
+        (
+            {"quant": {"activation": {"q_type": "asymmetric"}}},
+            r"quant\.activation\.q_type\n.*'asymmetric' is refused: rows become int8 around zero",
+        ),
+        (
+            {"quant": {"weight": {"quantized_initialization": {"num_bits": 6}}}},
+            r"quant\.weight\.quantized_initialization\.num_bits\n.*4 or 8",
+        ),
+        (
+            {"quant": {"weight": {"post_init_quant": {"mlp": {"group_dim": 0}}}}},
+            r"quant\.weight\.post_init_quant\.mlp\.group_dim\n.*0 is refused: a scale is for input features of",
+        ),
+        (
+            {"quant": {"weight": {"post_init_quant": {"mlp": 8}}}},
+            r"quant\.weight\.post_init_quant\.mlp\n.*dictionary or instance of GroupQuantConfig",
+        ),
         ({"max_tokens": 4, "min_tokens": 5}, r"min_out_tokens: 5 exceeds max_out_tokens \(4\); lower the one"),
         # what would do nothing
         ({"triton_autotune": True}, r"triton_autotune\n.*True is refused: tiles are fixed"),
@@ -367,6 +399,37 @@ def test_checkpoint_config_says_the_same_as_the_fields():
         (
             {"dtype": "int8", "quant": {"weight": {"enabled": False}}},
             "quant.weight.enabled: false, and dtype is int8; leave it out",
+        ),
+        (
+            {"quant": {"enabled": False, "weight": {"post_init_quant": {"mlp": {}}}}},
+            r"quant\.enabled: false, and quant\.weight\.post_init_quant is given; leave it out",
+        ),
+        (
+            {"dtype": "int8", "quant": {"weight": {"quantized_initialization": {"num_bits": 4}}}},
+            r"quant\.weight\.quantized_initialization: given, and so is dtype int8; each says how",
+        ),
+        (
+            {"quant": {"weight": {"quantized_initialization": {"num_bits": 4}, "post_init_quant": {"mlp": {}}}}},
+            r"quant\.weight\.quantized_initialization: given, and so is quant\.weight\.post_init_quant; each says",
+        ),
+        (
+            {"dtype": "bf16", "quant": {"weight": {"num_bits": 4}}},
+            r"quant\.weight: 4 bits, symmetric, q_groups 1, and dtype is bfloat16, which quantizes nothing by it; give",
+        ),
+        (
+            {"dtype": "bf16", "quant": {"activation": {"dynamic": True}}},
+            r"quant\.activation\.dynamic: true, and dtype is bfloat16; give dtype int8",
+        ),
+        (
+            {"dtype": "int8", "quant": {"activation": {"dynamic": True, "enabled": False}}},
+            r"quant\.activation\.dynamic: true, and enabled is false; leave one of them out",
+        ),
+        *(
+            (
+                {"dtype": "int8", "quant": {"activation": {"dynamic": True}, "weight": weight}},
+                "dynamic: .* is not int8, ",
+            )
+            for weight in ({"num_bits": 4}, {"q_type": "asymmetric"}, {"q_groups": 2}, {"q_type": "float"})
         ),
         (
             {"checkpoint": "a", "ckpt_config": {"checkpoint_dir": "b"}},
@@ -455,38 +518,7 @@ def test_an_injection_policy_is_dumped_where_it_can_be_read_again():
     assert config.model_dump(exclude={"injection_policy"}) == InferenceConfig().model_dump(exclude={"injection_policy"})
 
 
-# each with a value that is not its default
-ASKED = {
-    "quant.activation.num_bits": 4,
-    "quant.activation.q_type": "asymmetric",
-    "quant.activation.q_groups": 2,
-    "quant.weight.num_bits": 4,
-    "quant.weight.q_type": "asymmetric",
-    "quant.weight.q_groups": 2,
-    "quant.weight.quantized_initialization": {"num_bits": 8},
-    "quant.weight.post_init_quant": {"mlp": {"num_bits": 8}},
-    "quant.qkv.enabled": False,
-}
-
-
-@pytest.mark.parametrize("name", ONE_WAY_SO_FAR)
-def test_what_is_not_done_yet_can_be_said_and_is_refused_before_loading(name: str):
-    config = InferenceConfig(**nested(name, ASKED[name]))
-    with pytest.raises(ValueError, match=rf"^{name}: .* is not supported yet; leave it out$"):
-        config.check_supported()
-
-
-def test_everything_that_is_not_done_yet_is_told_at_once():
-    config = InferenceConfig(quant={"qkv": {"enabled": False}, "weight": {"num_bits": 4}})
-    with pytest.raises(ValueError, match="is not supported yet") as error:
-        config.check_supported()
-    assert str(error.value).splitlines() == [
-        "quant.weight.num_bits: 4 is not supported yet; leave it out",
-        "quant.qkv.enabled: False is not supported yet; leave it out",
-    ]
-
-
-def test_what_is_done_passes():
+def test_what_can_be_asked_for_passes():
     InferenceConfig().check_supported()
     InferenceConfig(
         kernel_inject=True,
@@ -495,7 +527,7 @@ def test_what_is_done_passes():
         triangular_masking=False,
         moe=False,
         keep_module_on_host=True,
-        quant={"activation": {"enabled": False}},
+        quant={"activation": {"enabled": False}, "weight": {"num_bits": 4, "q_groups": 2}, "qkv": {"enabled": False}},
         checkpoint={"type": "ds_model"},
         base_dir="x",
         save_mp_checkpoint_path="y",

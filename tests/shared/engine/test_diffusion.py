@@ -137,7 +137,7 @@ def test_without_injection_the_pipeline_computes_as_it_did() -> None:
     assert torch.equal(images(engine), expected)
     assert [type(part) for part in engine.unet.modules()] == layers
     assert init_inference(pipeline, dtype="bf16").unet.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="dtype: int8 quantizes"):
+    with pytest.raises(ValueError, match="quant: of a pipeline the engine's linears are quantized"):
         init_inference(pipeline, dtype="int8")
 
 
