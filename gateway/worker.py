@@ -16,6 +16,9 @@ ROLE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
 
 Metadata = tuple[tuple[str, str], ...]
 
+# So many prompt tokens weigh as much as a request: what a decode worker takes into a step unless it is told otherwise.
+_TOKENS_AS_A_REQUEST = 256
+
 
 class Worker:
     """A worker at an address; the process there may come and go, each time under a new worker_id.
@@ -73,8 +76,14 @@ class Worker:
 
     @property
     def work_ahead(self) -> float:
-        """Prompt tokens (prefill) or requests (decode) ahead of a new one: the last report, and what was sent since."""
-        reported = self._load.queued_tokens if self.role == PREFILL else self._load.running + self._load.waiting
+        """Prompt tokens (prefill) or requests (decode) ahead of a new one: the last report, and what was sent since.
+
+        Prompts that a decode worker computes count beside the requests that they belong to.
+        """
+        load = self._load
+        reported = load.queued_tokens
+        if self.role == DECODE:
+            reported = load.running + load.waiting + load.queued_tokens / _TOKENS_AS_A_REQUEST
         return max(0.0, reported + self._in_flight - self._in_flight_at_report)
 
     @contextmanager

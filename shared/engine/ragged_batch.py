@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -41,7 +42,10 @@ def checked_tokens(tokens: Iterable[Tensor | Sequence[int]], vocab_size: int) ->
             if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
                 raise ValueError(f"tokens[{index}]: {given.dtype}, wants integers")
             given = given.flatten().tolist()
-        token_ids = [int(token_id) for token_id in given]
+        try:
+            token_ids = [operator.index(token_id) for token_id in given]
+        except TypeError as error:
+            raise ValueError(f"tokens[{index}]: wants integers: {error}") from error
         if not token_ids:
             raise ValueError(f"tokens[{index}]: has none; a sequence takes part with one at least")
         wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)

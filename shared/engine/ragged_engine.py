@@ -15,7 +15,7 @@ order and with the same arguments. What they return is the same on all, and the 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class RaggedEngine:
 
     # -- computing --------------------------------------------------------------------------------------------------
 
-    def put(self, uids: Sequence[int], tokens: Sequence[Tensor | Sequence[int]], do_checks: bool = True) -> Tensor:
+    def put(self, uids: Iterable[int], tokens: Iterable[Tensor | Sequence[int]], do_checks: bool = True) -> Tensor:
         """Computes tokens of each sequence; float32 logits [len(uids), vocab] of each one's last token.
 
         tokens: of each sequence, integers or an integer tensor on the host; a uid that is not tracked begins one.
@@ -101,7 +101,7 @@ class RaggedEngine:
         """
         self._weights_here()
         token_ids = checked_tokens(tokens, self.plan.architecture.vocab_size)
-        lengths = [len(ids) for ids in token_ids]
+        uids, lengths = [int(uid) for uid in uids], [len(ids) for ids in token_ids]
         _check_lengths(uids, lengths)
         if do_checks and (result := self.can_schedule(uids, lengths)) is not SchedulingResult.Success:
             raise SchedulingError(result)
@@ -128,11 +128,12 @@ class RaggedEngine:
 
     # -- what can be computed ---------------------------------------------------------------------------------------
 
-    def can_schedule(self, uids: Sequence[int], lengths: Sequence[int]) -> SchedulingResult:
+    def can_schedule(self, uids: Iterable[int], lengths: Iterable[int]) -> SchedulingResult:
         """Whether so many tokens of each sequence can be put at once. An offloaded sequence has no cache to go on with.
 
         Raises ValueError for a uid that is there twice, and for lengths below 1.
         """
+        uids, lengths = [int(uid) for uid in uids], [int(length) for length in lengths]
         _check_lengths(uids, lengths)
         limits, sequences = self._limits, self._sequences
         if len(uids) > limits.max_ragged_sequence_count:

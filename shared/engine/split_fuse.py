@@ -143,16 +143,16 @@ class SplitFuse:
     def _plan(self) -> list[tuple[Request, int]]:
         """Who takes part in the next batch, and with how many tokens. Offloaded ones whose turn it is come back."""
         engine, limits = self._engine, self._engine.config.state_manager
-        here = [r for r in self._requests.values() if self._is_here(r)]
+        here = {uid: request for uid, request in self._requests.items() if self._is_here(request)}
         parts: list[tuple[Request, int]] = []
         budget, free = limits.max_ragged_batch_size, engine.free_blocks
-        for request in here:
+        for request in here.values():
             missing = engine.sequences.blocks_missing(request.uid, 1)
             if self._remaining(request) == 1 and missing <= free and len(parts) < limits.max_ragged_sequence_count:
                 parts.append((request, 1))
                 budget, free = budget - 1, free - missing
         for request in self._requests.values():
-            is_here = request in here
+            is_here = request.uid in here
             if is_here and self._remaining(request) == 1:
                 continue
             if not budget or len(parts) == limits.max_ragged_sequence_count:
@@ -166,7 +166,7 @@ class SplitFuse:
                         break
                 else:
                     engine.restore(request.uid)
-                here.append(request)
+                here[request.uid] = request
             num_tokens = min(self._remaining(request), budget)
             parts.append((request, num_tokens))
             budget, free = budget - num_tokens, free - missing

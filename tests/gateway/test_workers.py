@@ -229,6 +229,14 @@ async def test_the_idler_workers_are_chosen() -> None:
             assert (receipt.prefill_workers, receipt.decode_workers) == (["p1#1"], ["d1#1"])
 
 
+async def test_prompts_that_decode_workers_compute_weigh_beside_their_requests() -> None:
+    async with scene_of(prefill=0, decode=2) as scene:
+        await scene.reported(scene.decodes[0], running=1, queued_tokens=5000)
+        await scene.reported(scene.decodes[1], running=4)
+        for number in range(3):
+            assert (await scene.collect(request([70 + number] * 9))).last.receipt.decode_workers == ["d1#1"]
+
+
 async def test_what_was_just_sent_counts_before_it_is_reported() -> None:
     async with scene_of(prefill=2, decode=2) as scene:
         for worker in scene.decodes:

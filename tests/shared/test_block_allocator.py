@@ -20,6 +20,7 @@ def test_allocates_all_or_nothing():
     allocator = BlockAllocator(5)
     with pytest.raises(OutOfBlocks) as caught:
         allocator.allocate(5)
+    assert isinstance(caught.value, ValueError)
     assert (caught.value.needed, caught.value.free) == (5, 4)
     assert allocator.num_free == 4
     assert allocator.allocate(0) == []

@@ -138,3 +138,13 @@ def test_a_swap_space_has_room_for_so_many_bytes():
     assert torch.equal(kv.pool[3:5], before[1:3])
     unlimited = SwapSpace([kv], None)
     assert unlimited.save([1, 2, 3, 4, 5, 6], 48)
+
+
+@pytest.mark.parametrize("block_tokens", [8, 16])
+def test_triton_takes_and_puts_the_same_bytes(interpreter: None, block_tokens: int):
+    source = filled(replace(LAYOUT, dtype="bfloat16"))
+    state = SequenceState.take(source, [3, 1], 13)
+    assert torch.equal(state.blocks, source.pool[torch.tensor([3, 1])])
+    target = KvCache(replace(source.layout, block_tokens=block_tokens), 4)
+    state.put(target, [2, 3][: state.num_blocks(block_tokens)])
+    assert torch.equal(rows(target, [2, 3][: state.num_blocks(block_tokens)], 13), rows(source, [3, 1], 13))

@@ -92,6 +92,15 @@ def test_logits_are_the_callers(engine: RaggedEngine) -> None:
     assert torch.equal(first, kept)
 
 
+def test_uids_lengths_and_tokens_may_be_tensors(engine: RaggedEngine) -> None:
+    tokens = [torch.tensor([[5, 6]]), torch.tensor([7], dtype=torch.int32)]
+    uids = torch.tensor([1, 2])
+    assert engine.can_schedule(uids, torch.tensor([2, 1])) is R.Success
+    logits = engine.put(uids, tokens)
+    assert [sequence.uid for sequence in engine.sequences] == [1, 2]
+    assert torch.equal(engine.put([3], [[5, 6]]), logits[:1])
+
+
 def test_an_empty_batch_has_no_logits(engine: RaggedEngine) -> None:
     assert engine.put([], []).shape == (0, engine.plan.architecture.vocab_size)
 
@@ -163,6 +172,7 @@ def test_of_several_limits_the_first_in_deepspeeds_order_is_told(engine: RaggedE
         ([1, 2], [[3], []], r"tokens\[1\]: has none"),
         ([1], [[3, 384]], r"tokens\[0\]: 384 is no token; this model has those from 0 to 383"),
         ([1], [[-1]], r"tokens\[0\]: -1 is no token"),
+        ([1], [[3, 1.5]], r"tokens\[0\]: wants integers: 'float' object"),
         ([1], [torch.tensor([1.0])], r"tokens\[0\]: torch.float32, wants integers"),
     ],
 )
