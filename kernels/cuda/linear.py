@@ -4,7 +4,7 @@ The weight is the left operand, so that a tile is 64 or 128 outputs by 32 rows o
 row to 32, and integers become floats in the registers that the matrix units read.
 
 Input features are summed 64 at a time, from zero, within each of several ranges, and the ranges then in order. How many
-there are depends on the shape of the weight, or of the linear that it has some outputs of, alone. With few rows programs
+there are depends on the shape of the weight alone, or of the linear that it has some outputs of. With few rows programs
 compute a range each, and `_add_ranges` adds them; with many a program computes them all: the same sums.
 """
 

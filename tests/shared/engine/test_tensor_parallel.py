@@ -22,7 +22,7 @@ from tests.rank_engines import (
 )
 from tests.ranks import on_ranks
 from tests.tiny_encoders import tiny_encoder
-from tests.tiny_models import KINDS, tiny_gguf, tiny_model
+from tests.tiny_models import KINDS, smollm2, tiny_gguf, tiny_model
 
 # One of each that is cut, or put together, in a way of its own; as many key-value heads as queries, or one, with three.
 TWO_RANKS = (
@@ -78,12 +78,22 @@ def test_heads_that_do_not_fit_are_refused(kind: str):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_kind_has_the_bits_of_one_process(size: int, tmp_path: Path):
     """With four ranks each key-value head of most of them lies on two."""
     dtypes = ("float32", "bfloat16")
     cases = [Case(str(tiny_model(kind)), dtype=dtype) for kind in KINDS for dtype in dtypes]
     on_ranks(check_same, size, in_one_process(cases, tmp_path), timeout_s=900)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_default_model_has_the_bits_of_one_process(size: int, tmp_path: Path):
+    """Its 9 query heads on 3 key-value heads: 6 and 3, or 3 each; and its file's own integers."""
+    folder = str(smollm2().folder)
+    cases = [Case(folder, "bfloat16", mode) for mode in ("none", "int4")]
+    on_ranks(check_same, size, in_one_process(cases, tmp_path), timeout_s=280)
 
 
 @pytest.mark.slow
