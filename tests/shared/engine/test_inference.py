@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,7 +63,7 @@ def test_destroy_frees_weights_and_pool(inject: bool) -> None:
             call()
 
 
-def test_as_a_module_it_is_where_and_what_it_is() -> None:
+def test_as_a_module_it_is_where_and_what_it_is(tmp_path: Path) -> None:
     engine = injected("llama")
     assert engine.to("cpu") is engine
     assert engine.to(torch.float32) is engine
@@ -72,10 +72,10 @@ def test_as_a_module_it_is_where_and_what_it_is() -> None:
     for change in (engine.half, engine.module.bfloat16, lambda: engine.to("meta"), engine.double):
         with pytest.raises(RuntimeError, match=r"the injected layers compute in torch.float32 on cpu, and cannot be"):
             change()
-    for call in (engine.state_dict, lambda: engine.load_state_dict({}), lambda: engine.module.save_pretrained("x")):
+    for call in (engine.state_dict, lambda: engine.load_state_dict({}), lambda: engine.module.save_pretrained(tmp_path)):
         with pytest.raises(RuntimeError, match="state_dict: the injected layers have their weights fused"):
             call()
-    assert not os.path.exists("x/model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_model_that_is_not_injected_is_a_module_as_any() -> None:
