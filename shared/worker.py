@@ -133,14 +133,19 @@ class WorkerServer:
                 "one, with a free port; 0.0.0.0 or :: = all of them"
             ) from None
         address = f"{bracketed(told)}:{port}"
+        followers = None
         try:
             loaded = await asyncio.to_thread(load_engine, config, section)
+            followers = loaded.followers
             worker_id = f"{type(section).__name__[0].lower()}-{secrets.token_hex(6)}"
             site = Site(config, loaded, worker_id, address)
             worker = cls(site, create_role(site), server)
             await worker._serve()
         except BaseException:
             await server.stop(None)
+            if followers is not None:
+                followers.unwatch()
+                followers.stop(orderly=False)
             raise
         return worker
 
@@ -154,23 +159,23 @@ class WorkerServer:
         """Admits no more requests, gives those that run `drain_s` seconds, ends the rest and hands everything back."""
         self._site.board.drain()
         followers = self._site.followers
-        if followers is not None:
-            followers.unwatch()
-            if self.failed.done():
-                followers.kill()  # the engine thread may wait for one of them
+        if followers is not None and self.failed.done():
+            followers.kill()  # the engine thread may wait for one of them
         if self._watch:
             self._watch.cancel()
         await self._health.set(False)
         idle = asyncio.ensure_future(self._site.board.idle())
-        await asyncio.wait([idle], timeout=drain_s)
+        await asyncio.wait([idle, self.failed], timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
         if not idle.done():
             idle.cancel()
             log.warning("%d requests did not end within %g s and are cut off", self._site.board.running, drain_s)
         await self._server.stop(0.1)
         await self._role.close()
         is_lost = self.failed.done() or self._thread.silent_s > WEDGED_AFTER_S
-        if followers is not None and is_lost:
-            followers.kill()
+        if followers is not None:
+            followers.unwatch()
+            if is_lost:
+                followers.kill()
         await self._thread.stop()
         self._site.cores.leave()
         if followers is not None:

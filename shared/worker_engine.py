@@ -69,11 +69,11 @@ def _load_ranks(config: TandemConfig, section: PrefillConfig | DecodeConfig, fil
     }
     followers = Followers.start(settings, [pool.memory.descriptor for pool in pools[1:]])
     try:
+        weights = load_plan(plans[0])
         followers.expect()  # each has mapped its pool: from now on nobody else can
         for pool in pools:
             pool.memory.seal()
-        weights = load_plan(plans[0])
-        followers.expect()
+        followers.expect()  # and has loaded
         followers.tell(Kind.JOIN)
         group = start_group(rank=0, size=len(plans), rendezvous=followers.rendezvous)
         engine = LeadingEngine(plans[0], pools, followers, weights=weights, group=group)

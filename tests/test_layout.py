@@ -46,6 +46,8 @@ PLAIN = (
     "model_files",
     "model_source",
     "model_store",
+    "parallel.follower",
+    "parallel.link",
     "parallel.partition",
     "parallel.sharding",
     "rpc",
