@@ -40,6 +40,7 @@ class Case:
     dtype: str = "float32"
     quantization: str = "none"
     deterministic: bool = True
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -52,6 +53,7 @@ def plan_of(case: Case, shard: Shard | None = None) -> EnginePlan:
         "dtype": case.dtype,
         "quantization": case.quantization,
         "deterministic": case.deterministic,
+        "device": case.device,
         "threads": 1,
         "decode": {"num_blocks": 24, "max_running": 8, "block_tokens": BLOCK_TOKENS},
     }

@@ -19,7 +19,7 @@ from torch import multiprocessing
 
 from shared.parallel.start import end_group, start_group
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 
 
 def on_ranks(
@@ -74,7 +74,7 @@ def _results(pipes: list[Connection], dying: Collection[int], timeout_s: float) 
 def _rank(check: Callable[..., Any], rank: int, size: int, place: Path, pipe: Connection, args: tuple) -> None:
     torch.set_num_threads(1)
     try:
-        group = start_group(rank=rank, size=size, rendezvous=f"file://{place}", timeout_s=60)
+        group = start_group(rank=rank, size=size, rendezvous=f"file://{place}", timeout_s=120)
         said = check(group, *args), None
     except BaseException:
         # before its connections close, and other ranks fail for that

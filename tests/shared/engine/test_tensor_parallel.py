@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from shared.engine import Engine
 from shared.parallel.sharding import Shard
+from shared.parallel.start import end_group, start_group
 from tests.rank_engines import (
     Case,
     check_few,
@@ -43,6 +46,14 @@ TWO_RANKS = (
 THREE_RANKS = ("gpt2", "bloom", "gpt_neox", "opt-post-norm", "falcon", "mpt")
 
 
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """An engine sets how many torch has."""
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
 def test_two_ranks_have_the_bits_of_one(tmp_path: Path):
     """And those that add partial sums have its tokens."""
     llama = str(tiny_model("llama"))
@@ -69,6 +80,20 @@ def test_three_ranks_have_the_bits_of_one(tmp_path: Path):
     assert last is None
     assert "a rank is gone" in first
     assert "a rank is gone" in second
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_one_rank_goes_the_way_of_several(device: str, tmp_path: Path):
+    """Over gloo, or NCCL."""
+    cases = [Case(str(tiny_model(kind)), device=device) for kind in ("llama", "olmo2", "gpt2")]
+    if device == "cpu":  # elsewhere such linears are cuBLAS's
+        cases.append(Case(str(tiny_model("gpt2")), "bfloat16", deterministic=False))
+    files = in_one_process(cases, tmp_path)
+    group = start_group(rank=0, size=1, rendezvous=f"file://{tmp_path}/ranks", device=device)
+    try:
+        check_same(group, files)
+    finally:
+        end_group()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,13 +134,18 @@ def test_three_ranks_of_which_one_dies():
     assert second.startswith("a rank is gone or did not come in time:")
 
 
-def test_a_group_of_one_waits_for_nobody(tmp_path):
-    group = start_group(rank=0, size=1, rendezvous=f"file://{tmp_path}/place")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_group_of_one_waits_for_nobody(device: str, tmp_path: Path):
+    group = start_group(rank=0, size=1, rendezvous=f"file://{tmp_path}/place", device=device)
     try:
-        x = torch.randn(3, 4)
-        assert torch.equal(group.gather(x, [4]), x)
-        assert torch.equal(group.add(x.clone(), torch.empty(3, 4)), x)
-        assert torch.equal(group.broadcast(x.clone()), x)
+        assert group.device.type == device
+        for rows in (1, 3):
+            x = torch.randn(rows, 4, device=device)
+            assert torch.equal(group.gather(x, [4]), x)
+            assert torch.equal(group.gather(x.bfloat16(), [4]), x.bfloat16())
+            assert torch.equal(group.add(x.clone(), torch.empty_like(x)), x)
+            assert torch.equal(group.add_disjoint(x.clone()), x)
+            assert torch.equal(group.broadcast(x.clone()), x)
     finally:
         end_group()
     end_group()
@@ -161,6 +167,6 @@ def test_an_environment_without_ranks_is_refused(environment: dict[str, str], me
         start_group_of_environment(environment=environment)
 
 
-def test_ranks_that_do_not_come_are_missed(tmp_path):
+def test_ranks_that_do_not_come_are_missed(tmp_path: Path):
     with pytest.raises(GroupError, match="rank 0 of 2 found no others at file://"):
         start_group(rank=0, size=2, rendezvous=f"file://{tmp_path}/place", timeout_s=0.5)
