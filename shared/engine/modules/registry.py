@@ -101,8 +101,10 @@ def instantiate_config(bundle: ConfigBundle, *, device: torch.device | str = "cp
 
 def instantiate_linear(
     config: LinearConfig, engine_config: RaggedEngineConfig | None = None, *, device: torch.device | str = "cpu"
-) -> Module:
+) -> Linear:
     """Quantized as the engine's config says; without one, as it is."""
     mode = engine_config.quantization.quantization_mode if engine_config else None
     name = "quantized_wf6af16_linear" if mode == "wf6af16" else "blas_fp_linear"
-    return instantiate_config(ConfigBundle(name, config), device=device)
+    module = instantiate_config(ConfigBundle(name, config), device=device)
+    assert isinstance(module, Linear)
+    return module

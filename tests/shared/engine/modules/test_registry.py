@@ -94,8 +94,6 @@ def test_what_a_class_is_told_besides_its_config() -> None:
 def test_the_engines_config_chooses_the_linear() -> None:
     plain = instantiate_linear(LINEAR)
     quantized = instantiate_linear(LINEAR, RaggedEngineConfig(quantization={"quantization_mode": "wf6af16"}))
-    assert isinstance(plain, Linear)
-    assert isinstance(quantized, Linear)
     assert plain.quantization is None
     assert quantized.quantization == Quantization(6, floating=True)
     assert instantiate_linear(LINEAR, RaggedEngineConfig()).config is LINEAR
