@@ -1,7 +1,6 @@
 """Weights and biases of one linear layer of every expert, packed side by side for the ops of kernels/moe.py.
 
-Each expert's is packed as kernels/linear.py packs one, quantized if asked, and multiplied to the same bits. On CUDA it
-lies as the Triton kernel reads it, [experts, out, in], and is not quantized: that kernel has no integers.
+Each expert's is packed as kernels/linear.py packs one, quantized if asked, and on a CPU multiplied to the same bits.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kernels.linear import LinearWeight, packing
+from kernels.linear import LinearWeight
 from kernels.quantization import Integers, Quantization
 
 
@@ -58,8 +57,6 @@ class ExpertWeights:
             kinds.add((linear.description, linear.dtype, linear.out_features, linear.in_features))
             if len(kinds) > 1:
                 raise ValueError(f"the weights of experts must be alike, up to expert {expert} they are {kinds}")
-            if linear.quantization and packing(linear.dtype, linear.packed) == "rows":
-                raise ValueError(f"{linear.description}: quantized experts are a CPU's alone")
             parts = linear.tensors()
             if not tensors:
                 tensors = {field: part.new_empty(num_experts, *part.shape) for field, part in parts.items()}

@@ -181,9 +181,12 @@ def grouped_linear(
         )
     out = _out("out", out, (tokens * k, weight.out_features), (x.dtype, torch.float32), x)
     if in_triton("grouped_linear", x):
-        from kernels.cuda.moe import grouped_linear as launch
+        from kernels.cuda import moe, quantized_experts
 
-        launch(x, weight.packed, weight.bias, routing, pair_weights, out)
+        if weight.quantization is None:
+            moe.grouped_linear(x, weight.packed, weight.bias, routing, pair_weights, out)
+        else:
+            quantized_experts.grouped_linear(x, weight, routing, pair_weights, out)
     elif c_linear(
         "tandem_grouped_linear", x, weight.first, out,
         routing.sorted_pairs.data_ptr(), routing.counts.data_ptr(), routing.offsets.data_ptr(), routing.num_experts,

@@ -22,7 +22,8 @@ from kernels.cuda.rows import PARTS, part_features
 from kernels.cuda.tile import dot, launch, narrow
 from kernels.cuda.variant import Variant
 
-_FEATURES = tl.constexpr(64)  # summed at a time
+FEATURES = 64  # summed at a time
+_FEATURES = tl.constexpr(FEATURES)
 _SPLIT_FEATURES = 256  # of a range at least
 _PROGRAMS = 256  # that a weight is to be spread over where one row is computed
 _FEW_PROGRAMS = 132  # below which ranges are computed side by side
@@ -50,7 +51,7 @@ def _tiles(form: str, dtype: torch.dtype) -> dict[int, _Tile]:
 
 
 @triton.jit
-def _weights(
+def weight_tile(
     weight, scale, offset, outputs, start, in_features, part, num_groups,
     FORM: tl.constexpr, PART: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HAS_OFFSET: tl.constexpr,
     OUT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
@@ -84,7 +85,7 @@ def _weights(
 
 
 @triton.jit
-def _finish(total, scale, x_scale, bias, outputs, rows, num_rows,
+def finish(total, scale, x_scale, bias, outputs, rows, num_rows,
             SCALED: tl.constexpr, X_SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, OUT: tl.constexpr):  # fmt: skip
     """Sums -> y, float32 [outputs, rows]."""
     y = total.to(tl.float32)
@@ -123,7 +124,7 @@ def _linear(
                     w_at = weight + outputs[:, None].to(tl.int64) * in_features + features[None, :]
                     acc = dot(tl.load(w_at, w_within, other=0), tile, acc)
                 else:
-                    w = _weights(
+                    w = weight_tile(
                         weight, scale, offset, outputs, start, in_features, part, num_groups,
                         FORM, p, GROUP, RUN, HAS_OFFSET, OUT, OUTPUTS, x.dtype.element_ty,
                     )  # fmt: skip
@@ -138,7 +139,7 @@ def _linear(
         tl.store(out + at, total, within)
     else:
         SCALED: tl.constexpr = FORM != "plain" and GROUP == 0
-        y = _finish(total, scale, x_scale, bias, outputs, rows, num_rows, SCALED, X_SCALED, HAS_BIAS, OUT)
+        y = finish(total, scale, x_scale, bias, outputs, rows, num_rows, SCALED, X_SCALED, HAS_BIAS, OUT)
         at = rows[None, :].to(tl.int64) * OUT + outputs[:, None]
         tl.store(out + at, narrow(y, out.dtype.element_ty), within)
 
@@ -156,7 +157,7 @@ def _add_ranges(
     total = tl.zeros([OUTPUTS, 1], tl.float32)
     for index in tl.static_range(RANGES):
         total += tl.load(sums + index * num_rows.to(tl.int64) * OUT + at, within, other=0.0)
-    y = _finish(total, scale, scale, bias, outputs, rows, num_rows, SCALED, False, HAS_BIAS, OUT)
+    y = finish(total, scale, scale, bias, outputs, rows, num_rows, SCALED, False, HAS_BIAS, OUT)
     tl.store(out + at, narrow(y, out.dtype.element_ty), within)
 
 
@@ -237,13 +238,13 @@ def _ranges(out_features: int, part: int) -> tuple[int, int]:
     programs = triton.cdiv(out_features, 64)
     wanted = triton.next_power_of_2(triton.cdiv(_PROGRAMS, programs))
     ranges = max(1, min(wanted, part // _SPLIT_FEATURES))
-    features = triton.cdiv(triton.cdiv(part, ranges), _FEATURES.value) * _FEATURES.value
+    features = triton.cdiv(triton.cdiv(part, ranges), FEATURES) * FEATURES
     return triton.cdiv(part, features), features
 
 
-def _run(group: int | None, part: int) -> int:
-    """Features of 64 that are known to share a scale."""
-    run = _FEATURES.value
+def features_of_a_scale(group: int | None, part: int) -> int:
+    """Features of 64 that are known to share one, side by side."""
+    run = FEATURES
     while group and run > 1 and (group % run or part % run):
         run //= 2
     return run
@@ -257,7 +258,7 @@ def _constants(
         "FORM": form,
         "PARTS": PARTS[form],
         "GROUP": group or 0,
-        "RUN": _run(group, part_features(form, in_features)),
+        "RUN": features_of_a_scale(group, part_features(form, in_features)),
         "HAS_OFFSET": offset,
         "X_SCALED": x_scaled,
         "HAS_BIAS": bias,

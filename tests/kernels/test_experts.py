@@ -272,12 +272,6 @@ def test_a_generators_weights_are_never_all_in_memory(how: Quantization | None) 
     assert len(made) == 5
 
 
-def test_quantized_experts_are_no_kernels_of_cuda(interpreter: None) -> None:
-    with pytest.raises(ValueError, match=r"int8 rows, Triton, .*: quantized experts are a CPU's alone"):
-        ExpertWeights(torch.randn(2, 8, 16), 2, Quantization(8))
-    assert torch.equal(ExpertWeights(weight := torch.randn(2, 8, 16), 2).packed, weight), "as the kernel reads it"
-
-
 def test_broken_contracts_are_refused() -> None:
     weight = torch.randn(8, 16)
     with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
