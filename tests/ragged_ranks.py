@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.engine import RaggedEngine, SchedulingError, ragged_engine
+from shared.engine import RaggedEngine, SchedulingError, SplitFuse, ragged_engine
 from shared.parallel.group import Group
+from shared.sampling_params import SamplingParams
 from shared.sequence_state import SequenceState
 from tests.shared.engine.ragged import ragged_engine as make_engine
 from tests.shared.engine.ragged import some_tokens
@@ -26,6 +27,7 @@ class Told:
     logits: list[Tensor]
     state: SequenceState
     after_import: Tensor
+    scheduled: list[list[int]]  # what SplitFuse came to
 
 
 def told(engine: RaggedEngine, foreign: SequenceState | None = None) -> Told:
@@ -47,7 +49,19 @@ def told(engine: RaggedEngine, foreign: SequenceState | None = None) -> Told:
     for uid in (1, 2, 4):
         engine.flush(uid)
     assert engine.free_blocks == total
-    return Told(logits, state, after_import)
+    return Told(logits, state, after_import, scheduled(engine))
+
+
+def scheduled(engine: RaggedEngine) -> list[list[int]]:
+    """Greedy and drawn tokens, with too few blocks for all."""
+    scheduler = SplitFuse(engine)
+    uids = [
+        scheduler.submit(some_tokens(length), SamplingParams(max_tokens=14, seed=length, temperature=length % 2))
+        for length in (9, 24, 12, 3)
+    ]
+    generated = {request.uid: request.generated for request in scheduler.run()}
+    assert scheduler.given_up
+    return [generated[uid] for uid in uids]
 
 
 def on_ranks_check(group: Group, models: list[tuple[str, str, SequenceState]]) -> list[tuple[Told, Told]]:

@@ -44,7 +44,13 @@ def computing_a_prompt(load: worker_pb2.WatchLoadResponse) -> bool:
     return 0 < load.queued_tokens < 1700
 
 
-@pytest.mark.parametrize(("length", "when"), [(30, running), (1900, computing_a_prompt)], ids=["stream", "prompt"])
+@pytest.mark.parametrize(
+    ("length", "when"),
+    [
+        pytest.param(30, running, id="stream", marks=pytest.mark.slow),  # a leg like any other
+        pytest.param(1900, computing_a_prompt, id="prompt"),
+    ],
+)
 async def test_a_worker_that_dies_is_followed_by_the_other(service: Cluster, length: int, when: Any) -> None:
     request = ask(prompt(length), max_tokens=90, **SAMPLING)
     undisturbed = await service.generate(request)
