@@ -46,7 +46,7 @@ class Linear(Module[LinearConfig]):
         """A weight [out, in] as a call wants it, packed once. It may be of any dtype, and is freed by the caller.
 
         Of a gated activation it has 2 * out_channels rows: those of the gate, then those of up. interleaved: they
-        alternate, a gate's row first, as DeepSpeed's parameters of a gated MLP lie.
+        alternate, a gate's row first, as DeepSpeed's weights of a gated MLP lie, and the bias does likewise.
         Raises ValueError for a weight or bias of another shape than the config says.
         """
         rows = self.config.out_channels * (2 if self.config.activation in GATED else 1)
