@@ -26,6 +26,7 @@ from shared.models.weights import ModelWeights, Norm, load_weights
 from shared.parallel.partition import Partition
 from shared.parallel.sharding import Shard
 from shared.policies.table import architecture_of
+from tests.live_bytes import LiveBytes, bytes_of
 from tests.tiny_models import tiny_model, write_gguf
 
 # A source of each kind: joined rows, columns, rows by group, a product, of several layers' names, fused already.
@@ -149,6 +150,19 @@ def test_a_rank_reads_its_slices_and_no_more(kind: str, mode: QuantizationMode):
             assert read == [num_bytes] * 2, name  # half for what tokens become, half for what becomes tokens
         else:
             assert sum(read) == num_bytes, name
+
+
+@pytest.mark.parametrize("mode", ["none", "int8"])
+def test_a_rank_never_holds_more_than_its_share_and_a_part(mode: QuantizationMode):
+    a, checkpoint = opened("llama-untied-biased")
+    whole = bytes_of(loaded(a, checkpoint, mode=mode).tensors())
+    largest = max(checkpoint.tensor(name).numel() * 4 for name in checkpoint.names())
+    with LiveBytes() as live:
+        weights = loaded(a, checkpoint, Shard(1, 2), mode)
+    share = bytes_of(weights.tensors())
+    assert share < 0.6 * whole
+    # half of a parameter, in float64 while it is quantized
+    assert live.peak < share + 1.25 * largest
 
 
 def test_stored_integers_are_read_by_rows(tmp_path: Path):
