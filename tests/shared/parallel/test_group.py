@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -104,9 +105,21 @@ def check_contract(group: Group) -> None:
             Group.of(some)
 
 
-def check_two(group: Group) -> None:
+def check_stuck(group: Group, fifo: str) -> None:
+    """A rank that does not come, but lives, is waited for so long and no longer."""
+    impatient = Group.of(dist.new_group(timeout=timedelta(seconds=3)))
+    if group.rank == 1:
+        Path(fifo).read_bytes()  # until the other rank has had enough
+        return
+    with pytest.raises(GroupError, match=r"^a rank is gone or did not come in time"):
+        impatient.gather(torch.zeros(1, 2), [2, 2])
+    Path(fifo).write_bytes(b"")
+
+
+def check_two(group: Group, fifo: str) -> None:
     check_all(group)
     check_contract(group)
+    check_stuck(group, fifo)
 
 
 def check_three(group: Group) -> str:
@@ -123,8 +136,9 @@ def check_three(group: Group) -> str:
     return "nothing"
 
 
-def test_two_ranks():
-    on_ranks(check_two, 2)
+def test_two_ranks_of_which_one_does_not_come(tmp_path: Path):
+    os.mkfifo(tmp_path / "fifo")
+    on_ranks(check_two, 2, str(tmp_path / "fifo"))
 
 
 def test_three_ranks_of_which_one_dies():
