@@ -32,18 +32,19 @@ class Case:
 
     model: str
     quantization: str = "none"
+    dtype: str = "float32"
     tp_size: int = 1
     ep_size: int = 1
 
     @property
     def name(self) -> str:
-        return f"{Path(self.model).name} {self.quantization} tp {self.tp_size} ep {self.ep_size}"
+        return f"{Path(self.model).name} {self.dtype} {self.quantization} tp {self.tp_size} ep {self.ep_size}"
 
 
 def plan_of(case: Case, shard: Shard | None = None, expert_shard: ExpertShard | None = None) -> EnginePlan:
     overrides = {
         "model": case.model,
-        "dtype": "float32",
+        "dtype": case.dtype,
         "quantization": case.quantization,
         "threads": 1,
         "decode": {"num_blocks": 24, "max_running": 8, "block_tokens": BLOCK_TOKENS},

@@ -115,6 +115,16 @@ def test_experts_of_int8_are_near() -> None:
     engine.destroy()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_what_is_saved_is_read_again(dtype: str, tmp_path: Path) -> None:
+    counts, config = MODELS["residual pyramid"]
+    saving = injected(MegatronMoe(counts, **config), dtype=dtype, save_mp_checkpoint_path=str(tmp_path))
+    reading = injected(MegatronMoe(counts, **config).to("meta"), dtype=dtype, checkpoint=str(tmp_path))
+    assert torch.equal(reading(TOKENS).logits, saving(TOKENS).logits)
+    for engine in (saving, reading):
+        engine.destroy()
+
+
 CONTRADICTIONS: dict[str, tuple[Any, str]] = {
     "other numbers": ({"moe_experts": [8]}, r"moe\.moe_experts: \[8\], and the layers .* have \[4, 4\]; leave it out"),
     "too many": ({"moe_experts": [4, 4, 4]}, r"moe\.moe_experts: \[4, 4, 4\], and the layers .* have \[4, 4\]"),
