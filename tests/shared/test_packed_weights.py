@@ -159,7 +159,7 @@ assert share_packed(("model",), pack)["a"][-1] == (1 << 20) - 1
     assert (tmp_path / "packed_by").read_text() == "x"
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize("quantization", get_args(QuantizationMode))
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_a_decoder_over_mapped_weights_has_the_same_bits(
     kind: str, quantization: QuantizationMode, cache: Path, tiny_model: Callable[[str], Path]

@@ -27,7 +27,7 @@ from shared.policies.table import architecture_of, policy_for
 from tests.live_bytes import LiveBytes, bytes_of
 from tests.tiny_models import deep_model, tiny_model
 
-MODES: tuple[QuantizationMode, ...] = ("int8", "int4")
+MODES: tuple[QuantizationMode, ...] = ("int8", "int8_dynamic", "int4", "fp8", "fp6")
 EXCLUDE = ("layers.1.*", "*.down")
 every_mode = pytest.mark.parametrize("mode", MODES)
 
