@@ -51,7 +51,7 @@ bench: setup ## measure the four standard workloads on the default model
 bench-ops: setup ## each CPU op against what the machine could do
 	@exec $(BIN)/python -m benchmarks.ops $(ARGS)
 
-bench-quality: setup ## what int8 and int4 cost in perplexity
+bench-quality: setup ## what fewer bits cost in perplexity
 	@exec $(BIN)/python -m benchmarks.quality $(ARGS)
 
 bench-peers: setup ## the same beside other servers, by turns: ARGS='--peer "name=command --port {port}"'

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-_QUANTIZED_ROWS = 1024  # at once, in float64
+_AT_ONCE = 1 << 20  # weights that are float64 at once
 _FORMS = {(8, False): "int8", (4, False): "int4", (8, True): "fp8", (6, True): "fp6"}
 
 
@@ -124,8 +124,9 @@ def quantize(weight: Tensor, quantization: Quantization) -> Quantized:
     bottom = -top - 1 if quantization.bits == 4 and not quantization.symmetric else -top
     floats = _magnitudes(quantization.form).to(weight.device) if quantization.floating else None
     greatest = top if floats is None else float(floats[-1])
-    for start in range(0, len(weight), _QUANTIZED_ROWS):
-        rows = slice(start, start + _QUANTIZED_ROWS)
+    step = max(_AT_ONCE // weight.shape[1], 1)
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
         groups = weight[rows].double().unflatten(1, (-1, group))
         if offset is None:
             scale[rows] = groups.abs().amax(2) / greatest

@@ -116,7 +116,7 @@ def test_the_gateway_looks_for_the_workers_where_they_listen(gpu: dict[str, Any]
 
 
 def test_all_agree_on_what_the_gateway_compares(gpu: dict[str, Any]) -> None:
-    for variable in ("TANDEM_MODEL", "TANDEM_DTYPE", "TANDEM_QUANTIZATION"):
+    for variable in ("TANDEM_MODEL", "TANDEM_DTYPE", "TANDEM_QUANTIZATION", "TANDEM_QUANTIZATION_EXCLUDE"):
         assert len({service(gpu, name).environment[variable] for name in (*WORKERS, "gateway")}) == 1
     assert service(gpu, "model").command[-1] == service(gpu, "gateway").environment["TANDEM_MODEL"]
 

@@ -1,5 +1,5 @@
-"""The service with each form of its weights: what it answers is what an engine by itself computes, through gateway,
-prefill and decode workers, and what is left out is left out in all of them."""
+"""The service with each form of its weights, and with keys and values in FP8 beside them: what it answers is what an
+engine by itself computes, and what is left out is left out in all of its processes."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def request(text: str | None = None, max_tokens: int = 40) -> inference_pb2.Gene
 
 
 @pytest.mark.parametrize(
-    ("mode", "exclude"),
+    ("mode", "kv_dtype", "exclude"),
     [
-        ("fp8", "layers.0.*,lm_head"),
-        ("int8_dynamic", ""),
-        *(pytest.param(mode, "", marks=pytest.mark.slow) for mode in MODES if mode != "int8_dynamic"),
+        ("fp8", "fp8", "layers.0.*,lm_head"),
+        ("int8_dynamic", "auto", ""),
+        *(pytest.param(mode, "auto", "", marks=pytest.mark.slow) for mode in MODES if mode != "int8_dynamic"),
     ],
 )
 async def test_a_stream_is_that_of_an_engine_by_itself(
-    tiny_model: Callable[[str], Path], mode: QuantizationMode, exclude: str
+    tiny_model: Callable[[str], Path], mode: QuantizationMode, kv_dtype: str, exclude: str
 ) -> None:
     model = str(tiny_model("qwen3"))
-    settings = {"dtype": "float32", "quantization": mode, "threads": 1}
+    settings = {"dtype": "float32", "quantization": mode, "kv_dtype": kv_dtype, "threads": 1}
     if exclude:
         settings["quantization_exclude"] = exclude
     config = load_config(None, {**settings, "model": model, "decode": {"num_blocks": 16}})
