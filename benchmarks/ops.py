@@ -26,8 +26,10 @@ from rich.table import Table, box
 from kernels.activation import gated
 from kernels.attention import paged_attention
 from kernels.cpu.library import record
+from kernels.experts import ExpertWeights
 from kernels.kv_format import KvFormat, KvPlanes
 from kernels.linear import LinearWeight, linear
+from kernels.moe import grouped_linear, route
 from kernels.quantization import Quantization
 from kernels.rms_norm import add_rms_norm
 from kernels.sampling import How, draw, token_uniforms
@@ -42,10 +44,16 @@ SHAPES = (
     (2 * INTERMEDIATE, HIDDEN),
     (HIDDEN, INTERMEDIATE),
 )
+# and sixteen experts beside it, of which a row goes to two
+EXPERTS, CHOICES, EXPERT_WIDTH, EXPERT_LAYERS = 16, 2, 512, 8
+# of the layers' linears, and of the output layer
 QUANTIZATIONS = {
     "bfloat16": (None, None),
     "int8": (Quantization(8), Quantization(8)),
+    "int8, int8 rows": (Quantization(8, dynamic=True), Quantization(8)),
     "int4": (Quantization(4, 32, symmetric=False), Quantization(8)),
+    "fp8": (Quantization(8, floating=True), Quantization(8)),
+    "fp6": (Quantization(6, floating=True), Quantization(8)),
 }
 RUNS = 15
 
@@ -60,21 +68,56 @@ class Op(NamedTuple):
 
 
 def linears() -> Iterator[Op]:
-    """Every linear of a step, the output layer's included."""
+    """Every linear of a step, the output layer's included; and the output layer alone."""
     x = {width: torch.randn(512, width).bfloat16() for width in (HIDDEN, INTERMEDIATE)}
     widths = {outputs for outputs, _ in SHAPES} | {VOCABULARY}
     y = {width: torch.empty(512 if width < VOCABULARY else 32, width, dtype=torch.bfloat16) for width in widths}
+
+    def of(what: str, weights: Sequence[LinearWeight], rows: int) -> Op:
+        with record() as replay:
+            for weight in weights:
+                linear(x[weight.in_features][:rows], weight, out=y[weight.out_features][:rows])
+        flops = sum(2 * rows * weight.in_features * weight.out_features for weight in weights)
+        return Op(f"{what}, {rows} rows", replay, sum(weight.num_bytes for weight in weights), flops)
+
+    heads: dict[Quantization | None, LinearWeight] = {}
     for name, (quantization, of_head) in QUANTIZATIONS.items():
         weights = [LinearWeight(torch.randn(s).bfloat16(), None, quantization) for _ in range(LAYERS) for s in SHAPES]
-        head = LinearWeight(torch.randn(VOCABULARY, HIDDEN).bfloat16(), None, of_head)
+        head = heads.get(of_head) or LinearWeight(torch.randn(VOCABULARY, HIDDEN).bfloat16(), None, of_head)
+        for rows in (1, 8, 32):
+            yield of(f"linears of a step, {name}", [*weights, head], rows)
+        yield of(f"linears of a chunk, {name}", weights, 512)
+        if of_head not in heads:
+            for rows in (1, 8, 32):
+                yield of(f"output layer, {name}", [head], rows)
+        heads[of_head] = head
+
+
+def mixtures() -> Iterator[Op]:
+    """The linears of experts. The floor reads those that a row goes to."""
+    for name, (quantization, _) in QUANTIZATIONS.items():
+        first, second = (
+            [
+                ExpertWeights((torch.randn(shape).bfloat16() for _ in range(EXPERTS)), EXPERTS, quantization)
+                for _ in range(EXPERT_LAYERS)
+            ]
+            for shape in ((2 * EXPERT_WIDTH, HIDDEN), (HIDDEN, EXPERT_WIDTH))
+        )
         for rows in (1, 8, 32, 512):
-            used = [*weights, head] if rows <= 32 else weights
+            experts = torch.rand(rows, EXPERTS).argsort(1)[:, :CHOICES].int().contiguous()
+            routing, factors = route(experts, EXPERTS), torch.rand(rows, CHOICES)
+            x, inner = torch.randn(rows, HIDDEN).bfloat16(), torch.randn(rows * CHOICES, EXPERT_WIDTH).bfloat16()
+            y, out = inner.new_empty(rows * CHOICES, 2 * EXPERT_WIDTH), torch.empty(rows * CHOICES, HIDDEN)
             with record() as replay:
-                for weight in used:
-                    linear(x[weight.in_features][:rows], weight, out=y[weight.out_features][:rows])
-            flops = sum(2 * rows * weight.in_features * weight.out_features for weight in used)
-            what = "linears of a step" if rows <= 32 else "linears of a chunk"
-            yield Op(f"{what}, {name}, {rows} rows", replay, sum(weight.num_bytes for weight in used), flops)
+                for up, down in zip(first, second, strict=True):
+                    grouped_linear(x, up, routing, out=y)
+                    grouped_linear(inner, down, routing, pair_weights=factors, out=out)
+            # the replay holds addresses, the operation what lies there
+            keep = (routing, factors, x, inner, y, out)
+            used = int((routing.counts > 0).sum()) / EXPERTS
+            num_bytes = sum(weight.num_bytes for weight in (*first, *second)) * used
+            flops = EXPERT_LAYERS * 2 * rows * CHOICES * 3 * EXPERT_WIDTH * HIDDEN
+            yield Op(f"experts, {name}, {rows} rows", lambda run=replay, keep=keep: run(), num_bytes, flops)
 
 
 def attentions() -> Iterator[Op]:
@@ -162,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = Table(title=title, title_justify="left", box=box.MARKDOWN)
     for column in ("op", "time ms", "floor ms", "fraction", "GB/s", "GFLOP/s"):
         table.add_column(column, justify="left" if column == "op" else "right")
-    for ops in (linears(), attentions(), sampling(), small_ops(), transfers()):
+    for ops in (linears(), mixtures(), attentions(), sampling(), small_ops(), transfers()):
         for op in ops:
             took_s = statistics.median(times_s(op.run))
             floor_s = max(op.num_bytes / read, op.flops / compute)
