@@ -83,7 +83,10 @@ class LinearWeight:
         weight = cls.__new__(cls)
         values = integers.values
         quantization = replace(integers.quantization, dynamic=dynamic)
-        weight._take_shape(values.shape, dtype, quantization, packing(dtype, values))
+        chosen = packing(dtype, values)
+        if chosen == "pairs" and quantization.form == "int8" and bool((values == -128).any()):
+            chosen = "panels"  # pairs have no -128, which some files have and `quantize` does not
+        weight._take_shape(values.shape, dtype, quantization, chosen)
         weight._take(values, integers.scale, integers.offset, bias)
         return weight
 
@@ -153,7 +156,10 @@ class LinearWeight:
         weight.packed = tensors["packed"]
         weight.scale, weight.offset, weight.bias = (tensors.get(field) for field in ("scale", "offset", "bias"))
         quantization = None if weight.scale is None else Quantization.of_tensor(tensors["how"])
-        weight._take_shape(shape, dtype, quantization, packing(dtype, weight.packed))
+        chosen = packing(dtype, weight.packed)
+        if chosen == "pairs" and quantization and quantization.form == "int8" and weight.packed.dim() == 3:
+            chosen = "panels"  # with a -128
+        weight._take_shape(shape, dtype, quantization, chosen)
         return weight
 
     @property

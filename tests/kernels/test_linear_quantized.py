@@ -220,6 +220,23 @@ def test_integers_of_a_file_are_taken_as_they_are(
     assert torch.equal(packed.dequantize(), (expected if offset is None else expected + offset[:, :, None]).flatten(1))
 
 
+@DTYPES
+@pytest.mark.parametrize("group", [None, 32])
+def test_a_file_may_have_the_least_integer_too(dtype: torch.dtype, group: int | None) -> None:
+    values = torch.arange(-128, 128).to(torch.int8).repeat(40, 1)
+    integers = Integers(8, values, torch.rand(40, 256 // (group or 256)))
+    packed = LinearWeight.of_integers(integers, None, dtype)
+    assert torch.equal(packed.dequantize(), integers.dequantize())
+    x = torch.zeros(12, 256, dtype=dtype)
+    x[:, 0] = torch.arange(1, 13)
+    expected = x.float() @ integers.dequantize().T
+    again = LinearWeight.from_tensors(packed.tensors(), values.shape, dtype)
+    for weight, rows in ((packed, 12), (packed, 1), (again, 12), (again, 1)):
+        y = linear(x[:rows], weight, out=torch.empty(rows, 40))
+        torch.testing.assert_close(y, expected[:rows], rtol=1e-6, atol=0)
+    assert_rows_keep_their_bits(packed, (1, 5, 9))
+
+
 @pytest.mark.skipif(not has_pairs(torch.bfloat16), reason="this CPU has no dot products of bfloat16 pairs")
 @kinds(*KINDS)
 @SHAPES
