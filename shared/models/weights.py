@@ -15,7 +15,7 @@ from kernels.linear import LinearWeight, linear, packing, probe_row_invariance
 from kernels.quantization import Integers, Quantization
 from shared.checkpoint import Checkpoint, CheckpointError, check_names, place_of
 from shared.checkpoint.integers import serves
-from shared.checkpoint.slices import integer_rows_of, joined_rows, part_of, shape_of, shared_out
+from shared.checkpoint.slices import Sliced, integer_rows_of, joined_rows, part_of, shape_of, shared_out
 from shared.models.architecture import Architecture
 from shared.models.quantization import QuantizationPlan
 from shared.models.shapes import EXPERTS, LINEARS, Shapes, layer_shapes, model_shapes, modules_of
@@ -318,8 +318,11 @@ class _Loader:
             numbers, own = self.experts.numbers(layer), self.experts.slice_of(module)
         source = self._source(f"{module}.weight").at(layer)
         if source.how == "stacked":
-            self._check_shape(source.names, shape_of(self.checkpoint, source.names[0]), shape)
-            each = (self._of_stack(source.names[0], number, own) for number in numbers)
+            [stored] = source.names
+            # all of them at once where the checkpoint cannot read a part
+            stack = None if isinstance(self.checkpoint, Sliced) else self.checkpoint.tensor(stored)
+            self._check_shape((stored,), shape_of(self.checkpoint, stored) if stack is None else stack.shape, shape)
+            each = (self._of_stack(stored, stack, number, own) for number in numbers)
         else:
             each = (self._of_expert(f"{module}.weight", layer, number, shape[1:], own) for number in numbers)
         bias = None
@@ -328,9 +331,10 @@ class _Loader:
             bias = torch.stack(of_each)
         return ExpertWeights(each, len(numbers), self.quantization.of(name, shape[2]), bias=bias)
 
-    def _of_stack(self, name: str, number: int, own: Slice | None) -> Tensor:
-        """An expert's weight of those of all of them."""
-        [whole] = part_of(self.checkpoint, name, 0, [range(number, number + 1)])
+    def _of_stack(self, name: str, stack: Tensor | None, number: int, own: Slice | None) -> Tensor:
+        """An expert's weight of those of all of them, which are read one by one if they are not in memory."""
+        one = [range(number, number + 1)]
+        [whole] = part_of(self.checkpoint, name, 0, one) if stack is None else stack[number : number + 1]
         rows = [whole] if own is None else [whole[part.start : part.stop] for part in own.ranges]
         return self._placed(rows[0] if len(rows) == 1 else torch.cat(rows))
 

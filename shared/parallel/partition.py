@@ -3,6 +3,7 @@
 by outputs     qkv in heads, up (gate and up each by itself), output and down in features, embedding and lm_head in
                tokens; biases, and norms with weights of each head, with them
 by inputs      output and down, where the shard says so and they are not quantized: their bias is rank 0's
+experts        some of them, or some outputs of each: experts.py
 whole          all else: norms, positions, what decides where tokens go
 """
 

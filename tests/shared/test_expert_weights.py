@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,33 @@ def check_read(read: set[tuple[str, int]], partition: ExpertPartition, num_layer
             match = EXPERT.search(name)
             found.add(int(match[1] or match[2]) if match else part)
         assert found == set(partition.numbers(layer)), layer
+
+
+class Whole:
+    """A checkpoint that reads no parts."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors, self.reads = tensors, Counter[str]()
+
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        self.reads[name] += 1
+        return self._tensors[name]
+
+    def integers(self, name: str) -> None:
+        return None
+
+
+def test_a_stack_that_is_not_read_in_parts_is_read_once() -> None:
+    config, tensors = stacked("mixtral")
+    a, checkpoint = architecture_of(config), Whole(tensors)
+    shard = ExpertShard.of(1, 2, 2)
+    own = load_weights(a, checkpoint, dtype=torch.float32, device="cpu", expert_shard=shard)
+    stacks = [name for name in tensors if "experts." in name]
+    assert len(stacks) == 6
+    assert all(checkpoint.reads[name] == 1 for name in stacks)
+    experts = own.layers[2].experts_down
+    assert experts
+    assert torch.equal(rows_of(experts, 1), tensors["model.layers.2.mlp.experts.down_proj"][3])
