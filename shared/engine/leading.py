@@ -1,9 +1,9 @@
 """The engine of a worker's leading rank: what it computes, the worker's other ranks compute with it.
 
 Each rank has a pool of its own heads. All of them belong to this worker: a rank writes what a forward computes, into
-the blocks that its entries name; between forwards the leading rank alone copies blocks, out of every pool and into it,
-and the other ranks have answered before a forward returns. So no two ever write one block, and a block that is freed
-here is free on all ranks.
+the blocks that its entries name. The leading rank alone copies blocks, out of every pool and into it: within a pool and
+to host memory between two forwards, the other ranks having answered before a forward returns, and from other workers
+into blocks that no forward names yet. So no two ever write one block, and what is freed here is free on all ranks.
 """
 
 from __future__ import annotations

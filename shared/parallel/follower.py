@@ -2,7 +2,7 @@
 
 It loads its slice of the model, and then does what the leading rank says (link.py): a forward of the same entries on
 every rank. It has a pool of its own heads, and writes there only the blocks that the entries name; whatever else
-becomes of the pool's blocks is the leading rank's, between two forwards. The worker it is a part of has the gRPC face.
+becomes of the pool's blocks is the leading rank's doing (shared/engine/leading.py).
 """
 
 from __future__ import annotations

@@ -369,3 +369,66 @@ async def test_more_ranks_than_heads_are_refused_before_a_weight_is_read(
     async with supervisor:
         with pytest.raises(StartError, match=message):
             await supervisor.start("decode_worker", settings)
+
+
+@pytest.mark.slow
+async def test_a_worker_that_nobody_starts_again_ends_its_requests_unavailable(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    """After the documented wait, which is none here. Without its prefill worker the decode worker computes prompts."""
+    settings = {**COMMON, "tp": 2, "gateway.recovery_wait_s": 0}
+    async with Cluster(model=str(tiny_model("llama")), settings=settings) as cluster:
+        expected = await cluster.generate(ask(prompt(60), max_tokens=20))
+        [prefill], [decode] = cluster.prefill, cluster.decode
+        assert prefill.process is not None
+        assert decode.process is not None
+        os.kill(ranks_of(prefill.pid)[0], signal.SIGKILL)
+        assert await prefill.process.wait() == 1
+        again = await cluster.generate(ask(prompt(60), max_tokens=20))
+        assert again.outputs[0].token_ids == expected.outputs[0].token_ids
+        stream = Stream(cluster.stub.Generate(ask(prompt(60), max_tokens=400), timeout=60))
+        await stream.until(5)
+        os.kill(ranks_of(decode.pid)[0], signal.SIGKILL)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stream.rest()
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert await decode.process.wait() == 1
+
+
+@pytest.mark.slow
+async def test_one_flag_has_every_worker_of_two_ranks(tiny_model: Callable[[str], Path]) -> None:
+    """`tandem up --tp 2`, and one role otherwise."""
+    root = Path(__file__).parents[2]
+    flags = ("--model", str(tiny_model("llama")), "--dtype", "float32", "--port", "0", "--http-port", "0")
+    process = await asyncio.create_subprocess_exec(
+        str(root / "tandem"), "up", *flags, "--tp", "2", "--set", "prefill.tp=1", "--set", "decode.num_blocks=32",
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        text = ""
+        async with asyncio.timeout(120):
+            while "Ctrl-C stops it" not in text:
+                line = await process.stdout.readline()
+                assert line, (await process.communicate())[1].decode()
+                text += line.decode()
+        workers = [pid for pid in ranks_of(process.pid) if "gateway" not in command_of(pid)]
+        assert {role_of(pid): len(ranks_of(pid)) for pid in workers} == {"prefill_worker": 0, "decode_worker": 1}
+        everyone = [*workers, *(rank for pid in workers for rank in ranks_of(pid))]
+        process.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(process.communicate(), 30)
+        assert process.returncode == 0
+        await gone(everyone)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+def command_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
+def role_of(pid: int) -> str:
+    command = command_of(pid)
+    return command[command.index("-m") + 1]
