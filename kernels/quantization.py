@@ -153,9 +153,10 @@ def floats_of(bits: Tensor, form: str) -> Tensor:
 
 def _nearest(values: Tensor, magnitudes: Tensor) -> Tensor:
     """The bits of the nearest floats, of two the one whose last bit is 0: int8 of values' shape."""
-    between = (magnitudes[1:] + magnitudes[:-1]) / 2
-    lower, upper = (torch.bucketize(values.abs(), between, right=right) for right in (False, True))
-    nearest = torch.where(lower % 2 == 0, lower, upper)  # they differ by one, in the middle between two
+    between, size = (magnitudes[1:] + magnitudes[:-1]) / 2, values.abs()
+    lower = torch.bucketize(size, between, out_int32=True)
+    in_the_middle = size == between[lower.clamp(max=len(between) - 1)]
+    nearest = lower + (in_the_middle & (lower % 2 == 1))
     return (nearest + (values < 0) * _sign_bit(magnitudes)).to(torch.uint8).view(torch.int8)
 
 
