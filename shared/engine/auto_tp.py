@@ -44,16 +44,18 @@ class Split:
     grain: int
     suffixes: Suffixes | None = None
 
-    def of(self, model: nn.Module, device: str) -> None:
-        """In place, of a model in memory, which is moved to a device then.
+    def of(self, model: nn.Module, device: str, dtype: torch.dtype) -> None:
+        """In place, of a model in memory, which is on that device and of that dtype then; it is float32 until then.
 
         Raises UnsupportedModelError for a model that cannot be split, or that answers otherwise when it is; ValueError
         for heads that cannot be cut.
         """
         splitter = _Splitter(model, self)
-        own = OwnAnswers(model, self.fields)
+        own = OwnAnswers(model.float(), self.fields)
         splitter.split()
         own.check(model.to(device))
+        model.to(dtype)
+        splitter.tie()
 
     def of_checkpoint(
         self, model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype, ignored: Iterable[str]
@@ -65,7 +67,7 @@ class Split:
         """
         from shared.engine.hugging_face import shallow, without_weights
 
-        self.of(shallow(model), self.group.device.type)
+        self.of(shallow(model), self.group.device.type, torch.float32)
         made = without_weights(model, dtype)  # memory that nobody writes to takes none
         load_into(made, checkpoint, ignored, _Splitter(made, self).split())
         return made
@@ -85,6 +87,7 @@ class _Splitter:
         self._shares = {one.name: head_shares(one.num_heads, one.num_kv_heads, group.size)[group.rank] for one in found}
         self._linears = {path: self._cut(path, role) for path, role in roles.items()}
         self._head = self._output_layer(roles)
+        self._tied: tuple[GatheredLinear, nn.Embedding, range] | None = None
 
     def split(self) -> dict[str, Slice]:
         """What of a parameter a rank has, by name; others it has whole."""
@@ -103,6 +106,12 @@ class _Splitter:
         for attention in self._attentions:
             cuts |= attention.localize(self._shares[attention.name], configs)
         return cuts
+
+    def tie(self) -> None:
+        """Has the output layer read its rows of the embedding where that is the same; once more after a conversion."""
+        if self._tied is not None:
+            head, embedding, rows = self._tied
+            head.weight = nn.Parameter(embedding.weight.detach()[rows.start : rows.stop], requires_grad=False)
 
     def _cut(self, path: str, role: str) -> Slice:
         linear, attention = self._linear(path), self._of_attention.get(path)
@@ -131,10 +140,12 @@ class _Splitter:
     def _split_head(self, path: str) -> dict[str, Slice]:
         linear = self._linear(path)
         shares = self._shard.shares(linear.out_features, "rows of the output layer")
-        is_tied = any(
-            isinstance(module, nn.Embedding) and module.weight is linear.weight for module in self._model.modules()
-        )
-        self._put(path, GatheredLinear(linear, shares, self._group, keeps_memory=is_tied))
+        head = GatheredLinear(linear, shares, self._group)
+        for module in self._model.modules():
+            if isinstance(module, nn.Embedding) and module.weight is linear.weight:
+                self._tied = head, module, shares[self._group.rank]
+        self._put(path, head)
+        self.tie()
         cut = Slice(0, (shares[self._group.rank],))
         return {f"{path}.weight": cut, f"{path}.bias": cut}
 

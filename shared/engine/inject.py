@@ -271,7 +271,7 @@ def _as_it_is(model: nn.Module | str | Path, config: InferenceConfig, device: st
         whole = given.checkpoint(config) if given.is_meta else Given(module, given.fields).checkpoint(InferenceConfig())
         save(whole, given.fields, config, dtype, group=group)
     if split is not None and not given.is_meta:
-        split.of(module, device)
+        split.of(module, device, dtype)
     return Injection(module.to(device), lambda: None, wants_graph=config.enable_cuda_graph)
 
 

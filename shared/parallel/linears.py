@@ -28,15 +28,9 @@ class ColumnLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear, rows: Sequence[range], *, keeps_memory: bool = False) -> None:
-        """keeps_memory: a view of the one stretch of the weight, which somebody else needs whole anyway."""
+    def __init__(self, linear: nn.Linear, rows: Sequence[range]) -> None:
         super().__init__()
-        weight = linear.weight.detach()
-        if keeps_memory:
-            [only] = rows
-            self.weight = _fixed(weight[only.start : only.stop])
-        else:
-            self.weight = _fixed(taken(weight, 0, rows))
+        self.weight = _fixed(taken(linear.weight.detach(), 0, rows))
         self.in_features, self.out_features = linear.in_features, self.weight.shape[0]
         self.register_parameter("bias", None if linear.bias is None else _fixed(taken(linear.bias.detach(), 0, rows)))
 
@@ -50,9 +44,9 @@ class ColumnLinear(nn.Module):
 class GatheredLinear(ColumnLinear):
     """x [..., inputs] -> [..., outputs], on every rank the same. Each output is summed by one rank."""
 
-    def __init__(self, linear: nn.Linear, shares: Sequence[range], group: Group, *, keeps_memory: bool = False) -> None:
+    def __init__(self, linear: nn.Linear, shares: Sequence[range], group: Group) -> None:
         """shares: the rows of each rank."""
-        super().__init__(linear, [shares[group.rank]], keeps_memory=keeps_memory)
+        super().__init__(linear, [shares[group.rank]])
         self._widths, self._group = [len(share) for share in shares], group
 
     def forward(self, x: Tensor) -> Tensor:

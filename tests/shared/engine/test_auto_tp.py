@@ -224,6 +224,14 @@ def check_groups(group: Group, folder: Path, saved: Path) -> dict[str, Any]:
     found["meta"] = bits(answer("bloom", engine))
     in_memory = init_inference(whole("bloom"), checkpoint=str(folder), **options)
     found["in memory"] = bits(answer("bloom", in_memory))
+    half = init_inference(whole("bloom"), **{**options, "dtype": "bf16"})
+    table, head = half.module.transformer.word_embeddings.weight, half.module.lm_head.weight
+    found["bf16"] = {
+        "answer": bits(answer("bloom", half)),
+        "dtypes": {str(parameter.dtype) for parameter in half.module.parameters()},
+        "head is the table's": head.untyped_storage().data_ptr() == table.untyped_storage().data_ptr(),
+        "apart": float((answer("bloom", half) - answer("bloom", in_memory)).abs().max()),
+    }
     found["read again"] = bits(answer("bloom", init_inference(empty, checkpoint=str(saved), **options)))
     return found
 
@@ -263,6 +271,14 @@ def test_a_model_that_answers_otherwise_when_split_is_refused(of_groups: list[di
 def test_a_policy_names_the_linears_whose_inputs_are_cut(of_groups: list[dict[str, Any]]) -> None:
     for rank in of_groups:
         assert rank["policy"] == ["blocks.0.mix", "blocks.0.narrow", "blocks.1.mix", "blocks.1.narrow"]
+
+
+def test_in_bfloat16_the_output_layer_is_still_a_part_of_the_embedding(of_groups: list[dict[str, Any]]) -> None:
+    assert len({rank["bf16"]["answer"] for rank in of_groups}) == 1
+    for rank in of_groups:
+        assert rank["bf16"]["dtypes"] == {"torch.bfloat16"}
+        assert rank["bf16"]["head is the table's"]
+        assert 0 < rank["bf16"]["apart"] < 0.5
 
 
 def test_a_rank_reads_its_part_of_a_checkpoint(of_groups: list[dict[str, Any]]) -> None:
