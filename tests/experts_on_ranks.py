@@ -102,6 +102,10 @@ def check_same(world: Group, files: Sequence[tuple[Case, str]]) -> list[int]:
 def check_two(world: Group, files: Sequence[tuple[Case, str]], model: str) -> list[int]:
     with pytest.raises(ValueError, match="Invalid ep_size=3 for world_size=2: use a divisor"):
         ExpertGroups.of(world, 3)
+    part = world.part([0, 1])
+    assert (part.rank, part.size) == (world.rank, 2)
+    assert part.process_group is not world.process_group
+    assert part.gather(torch.full((3, 1), world.rank), [1, 1]).tolist() == [[0, 1]] * 3
     plan = plan_of(Case(model), None, ExpertShard.of(1 - world.rank, 2, 2))
     with pytest.raises(ValueError, match=r"^the experts are those of .*, and this process is "):
         Engine(plan, expert_groups=ExpertGroups(world, None))
