@@ -46,8 +46,7 @@ class Group:
         return cls(process_group, device, is_here=is_here)
 
     def part(self, ranks: Sequence[int]) -> Group:
-        """Some of these ranks, this one among them, as a group of their own, in their order. Each of them calls this, with
-        the same."""
+        """Some of these ranks, this one among them, as a group of their own, in their order. All of them call this."""
         global_ranks = dist.get_process_group_ranks(self.process_group)
         with loopback(self._is_here and self.device.type == "cpu"), _lost_ranks():
             made = dist.new_group(
