@@ -127,6 +127,19 @@ def test_the_search_reads_names_and_norms() -> None:
     ]
 
 
+def test_what_chooses_experts_stays_whole() -> None:
+    layer = nn.Module()
+    layer.gate = nn.Linear(8, 4)
+    layer.experts = nn.ModuleList(nn.ModuleDict({"w1": nn.Linear(8, 16), "w2": nn.Linear(16, 8)}) for _ in range(2))
+    model = nn.Module()
+    model.layers = nn.ModuleList([layer])
+    roles = {"experts.0.w1": "column", "experts.0.w2": "row", "experts.1.w1": "column", "experts.1.w2": "row"}
+    assert roles_of(model, None, "") == {f"layers.0.{name}": role for name, role in roles.items()}
+    del layer.experts
+    layer.down_proj = nn.Linear(4, 8)
+    assert roles_of(model, None, "") == {"layers.0.gate": "column", "layers.0.down_proj": "row"}
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
