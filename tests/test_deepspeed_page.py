@@ -127,8 +127,9 @@ def nested(name: str, value: object) -> dict[str, Any]:
 
 
 def test_every_row_is_in_a_state_and_tells_what_it_has_to():
-    seen = 0
-    for heading in re.findall(r"(?m)^#+ .*$", PAGE):
+    seen, headings = 0, re.findall(r"(?m)^#+ .*$", PAGE)
+    assert len(set(headings)) == len(headings), "a heading is there twice"
+    for heading in headings:
         for cells in rows(heading):
             state, how = cells[-2], cells[-1]
             if state in STATES and len(cells) == 2:  # the table of the states themselves
