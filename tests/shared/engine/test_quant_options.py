@@ -226,6 +226,19 @@ def test_how_int8_quantizes(weight: dict[str, Any], layers: Quantization) -> Non
         engine_of(plain_model("llama"), kernel_inject=True, dtype="int8", quant={"weight": {"q_groups": 7}})
 
 
+def test_rows_that_become_int8_as_they_come() -> None:
+    quant = {"activation": {"dynamic": True}}
+    for kernel_inject in (True, False):
+        dynamic = engine_of(plain_model("llama"), kernel_inject=kernel_inject, dtype="int8", quant=quant)
+        found = forms(dynamic) if kernel_inject else replaced(dynamic)
+        own = {how for name, how in found.items() if name != "lm_head"}
+        assert own == {Quantization(8, dynamic=True)}
+        weights_alone = engine_of(plain_model("llama"), kernel_inject=kernel_inject, dtype="int8", quant={})
+        expected = logits(weights_alone).float()
+        assert 0 < (logits(dynamic).float() - expected).norm() < 0.1 * expected.norm()
+        assert torch.equal(logits(dynamic)[:1], dynamic(prompts()[:1]).logits), "a row's scale is its own"
+
+
 def test_quantized_initialization_of_fused_layers() -> None:
     engine = engine_of(tiny_model("llama"), kernel_inject=True, quantized_initialization=INT4)
     assert set(forms(engine).values()) == {Quantization(4, 32, symmetric=False)}
