@@ -31,14 +31,14 @@ def quantized_model(given: Given, config: InferenceConfig, dtype: torch.dtype, d
     if not schemes:
         raise ValueError(f"quant: {type(module).__name__} has no nn.Linear that it could quantize; leave it out")
     forms = forms_of(module, schemes)
-    # what has been read already is saved as it is in memory
-    source = given if in_files else Given(module, given.fields)
-    checkpoint = source.checkpoint(config if in_files else InferenceConfig())
+    checkpoint = given.checkpoint(config) if in_files else None
     if config.save_mp_checkpoint_path:
+        source = checkpoint or Given(module, given.fields).checkpoint(InferenceConfig())
         as_stored = [name for name in forms if type(module.get_submodule(name)) in _AS_STORED]
-        save(checkpoint, given.fields, config, dtype, {f"{name}.weight": forms[name] for name in as_stored})
-    read = quantize_modules(module, forms, dtype=dtype, device=device, checkpoint=checkpoint if in_files else None)
-    if in_files:
+        save(source, given.fields, config, dtype, {f"{name}.weight": forms[name] for name in as_stored})
+        del source  # which holds the floats
+    read = quantize_modules(module, forms, dtype=dtype, device=device, checkpoint=checkpoint)
+    if checkpoint is not None:
         _materialize(module)
         load_into(module, checkpoint, ignored, read=read)
     return module.eval().to(dtype).to(device)
