@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from shared.config.parallel import TensorParallelConfig
 from shared.engine import init_inference
 from shared.engine.linear_roles import roles_of
+from shared.engine.ranks import group_of
 from shared.parallel.group import Group
 from shared.policies.policy import UnsupportedModelError
 from tests.ranks import on_ranks
@@ -204,6 +206,13 @@ def check_groups(group: Group, folder: Path, saved: Path) -> dict[str, Any]:
         torch.manual_seed(1)
         again = init_inference(whole("llama"), dtype="float32")
         found["alone"] = [tokens(again, do_sample=True, max_new_tokens=12).tolist() for _ in range(2)]
+        with pytest.raises(
+            ValueError, match="tp_group: the process group exchanges tensors on cpu, and the model is com"
+        ):
+            group_of(TensorParallelConfig(tp_group=pair), "cuda")
+    else:
+        with pytest.raises(ValueError, match=r"tp_group: wants a torch\.distributed process group, has int"):
+            logits(tp={"tp_group": pair})  # whose rank this is not
     # the first two of the default group
     try:
         torch.testing.assert_close(logits(tp={"tp_size": 2}), expected, atol=2e-4, rtol=2e-4)
