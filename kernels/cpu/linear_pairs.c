@@ -105,10 +105,11 @@ INLINE void pair_of(const char *w, int i, Bits pair[2], int dtype) {
 }
 
 /* `rows` rows times `pairs` pairs of a block: x[r * row_stride + k * pair_stride] is a pair of row r. `ahead` bytes on, the
- * weight is fetched, into the second cache: the first waits for too few lines at once. */
+ * weight is fetched, into the second cache: the first waits for too few lines at once. wide: where the pairs are written to as
+ * bfloat16, or NULL. */
 INLINE void tile(
     int rows, int64_t pairs, const int32_t *x, int64_t row_stride, int64_t pair_stride, const char *w, int64_t ahead,
-    float *total, const Fold *fold, int64_t row, int dtype, int scaled
+    char *wide, float *total, const Fold *fold, int64_t row, int dtype, int scaled
 ) {
     const int step = step_of(dtype);
     vf sum[TILE_ROWS][2];
@@ -123,6 +124,10 @@ INLINE void tile(
             if (step > 1 && k + n >= pairs) break;
             Bits pair[2];
             pair_of(here, n, pair, dtype);
+            if (wide) {
+                _mm512_store_si512(wide + (k + n) * 128, pair[0]);
+                _mm512_store_si512(wide + (k + n) * 128 + 64, pair[1]);
+            }
 #pragma GCC unroll 16
             for (int r = 0; r < rows; r++) {
                 __m512bh value = (__m512bh)_mm512_set1_epi32(x[r * row_stride + (k + n) * pair_stride]);
@@ -146,7 +151,8 @@ INLINE void few_rows(int rows, const Linear *job, int64_t panel, float *total, i
         Fold fold = fold_of(job, panel, 0, &block);
         const int32_t *x = (const int32_t *)job->x + block.start / 2;
         const char *from = w + block.start / 2 * pair_bytes(dtype);
-        tile(rows, block.depth / 2, x, job->in / 2, 1, from, AHEAD_BYTES, total, &fold, 0, dtype, dtype != BFLOAT16);
+        int64_t pairs = block.depth / 2;
+        tile(rows, pairs, x, job->in / 2, 1, from, AHEAD_BYTES, NULL, total, &fold, 0, dtype, dtype != BFLOAT16);
     }
 }
 
@@ -176,43 +182,46 @@ INLINE Strip strip_at(const Linear *job, int64_t index) {
 /* The first row of a tile, from the strip's. */
 INLINE int64_t tile_start(const Strip *strip, int64_t index) { return index * strip->rows / strip->count; }
 
-INLINE void widen(const char *w, int64_t pairs, char *wide, int dtype) {
-    const int step = step_of(dtype);
-    for (int64_t k = 0; k < pairs; k += step)
-#pragma GCC unroll 8
-        for (int n = 0; n < step; n++) {
-            if (step > 1 && k + n >= pairs) break;
-            Bits pair[2];
-            pair_of(w + k * pair_bytes(dtype), n, pair, dtype);
-            _mm512_store_si512(wide + (k + n) * 128, pair[0]);
-            _mm512_store_si512(wide + (k + n) * 128 + 64, pair[1]);
-        }
-}
-
-/* A block of a panel as bfloat16: `wide`, or where it lies if it is. */
-static const char *widened(const char *w, int64_t pairs, char *wide, int dtype) {
-    if (dtype == BFLOAT16) return w;
-    if (dtype == INT8) widen(w, pairs, wide, INT8);
-    else if (dtype == INT4) widen(w, pairs, wide, INT4);
-    else if (dtype == FP8) widen(w, pairs, wide, FP8);
-    else widen(w, pairs, wide, FP6);
-    return wide;
-}
-
-/* The last tile fetches the next block, which follows in memory as the next panel does, and finds its own in the cache. */
-INLINE void strip_block(
-    const Linear *job, const Strip *strip, const Block *block, const char *w, const Fold *fold, float *total, int scaled
+/* A tile of a strip, as it is laid out. */
+static void strip_tile(
+    int rows, int64_t pairs, const int32_t *x, const char *w, int64_t ahead, float *total, const Fold *fold, int64_t row,
+    int scaled
 ) {
+    switch (rows) {
+#define TILE_OF(n) case n: tile(n, pairs, x, 1, n, w, ahead, NULL, total, fold, row, BFLOAT16, scaled); break;
+        TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6)
+        TILE_OF(7) TILE_OF(8) TILE_OF(9) TILE_OF(10) TILE_OF(11) TILE_OF(12)
+    }
+}
+
+/* The same, which writes what it reads as bfloat16 to `wide`. */
+static void widening_tile(
+    int rows, int64_t pairs, const int32_t *x, const char *w, char *wide, float *total, const Fold *fold, int64_t row,
+    int dtype
+) {
+    switch (rows * 8 + dtype) {
+#define WIDEN_OF(n, dtype) \
+    case n * 8 + dtype: tile(n, pairs, x, 1, n, w, AHEAD_BYTES, wide, total, fold, row, dtype, 1); break;
+#define WIDEN(n) WIDEN_OF(n, INT8) WIDEN_OF(n, INT4) WIDEN_OF(n, FP8) WIDEN_OF(n, FP6)
+        WIDEN(1) WIDEN(2) WIDEN(3) WIDEN(4) WIDEN(5) WIDEN(6)
+        WIDEN(7) WIDEN(8) WIDEN(9) WIDEN(10) WIDEN(11) WIDEN(12)
+    }
+}
+
+/* A block of a panel. Of bfloat16 the last tile fetches the next block, which follows in memory as the next panel does, and
+ * finds its own in the cache; of fewer bits the first fetches it, and makes bfloat16 of this one for the others. */
+INLINE void strip_block(
+    const Linear *job, const Strip *strip, const Block *block, const char *w, char *wide, const Fold *fold, float *total
+) {
+    int64_t pairs = block->depth / 2;
+    int scaled = job->w_dtype != BFLOAT16;
     for (int64_t i = 0; i < strip->count; i++) {
-        int64_t ahead = i == 0 ? AHEAD_BYTES : i == strip->count - 1 ? block->depth / 2 * pair_bytes(BFLOAT16) : 0;
+        int64_t ahead = scaled ? 0 : i == 0 ? AHEAD_BYTES : i == strip->count - 1 ? pairs * pair_bytes(BFLOAT16) : 0;
         int64_t row = tile_start(strip, i), rows = tile_start(strip, i + 1) - row;
         const int32_t *x = (const int32_t *)job->x + (strip->first + row) * (job->in / 2) + rows * (block->start / 2);
         float *to = total + row * WIDTH;
-        switch (rows) {
-#define TILE_OF(n) case n: tile(n, block->depth / 2, x, 1, n, w, ahead, to, fold, row, BFLOAT16, scaled); break;
-            TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6)
-            TILE_OF(7) TILE_OF(8) TILE_OF(9) TILE_OF(10) TILE_OF(11) TILE_OF(12)
-        }
+        if (scaled && i == 0) widening_tile((int)rows, pairs, x, w, wide, to, fold, row, job->w_dtype);
+        else strip_tile((int)rows, pairs, x, scaled ? wide : w, ahead, to, fold, row, scaled);
     }
 }
 
@@ -223,10 +232,8 @@ static void strip_panel(const Linear *job, int64_t index, int64_t panel) {
     const char *w = panel_of(job, panel);
     for (Block block = {0}; next_block(job, &block);) {
         const char *from = w + block.start / 2 * pair_bytes(job->w_dtype);
-        const char *pairs = widened(from, block.depth / 2, wide, job->w_dtype);
         Fold fold = fold_of(job, panel, strip.first, &block);
-        if (job->w_dtype == BFLOAT16) strip_block(job, &strip, &block, pairs, &fold, total, 0);
-        else strip_block(job, &strip, &block, pairs, &fold, total, 1);
+        strip_block(job, &strip, &block, from, wide, &fold, total);
     }
     finish(job, panel, strip.first, strip.rows, total);
 }
