@@ -22,8 +22,8 @@ from shared.engine import Engine, EnginePlan
 from shared.model_files import read_json
 from shared.model_store import ModelStore
 from shared.models.encoder import Encoder
+from shared.models.loading import load_weights
 from shared.models.ranks import Ranks
-from shared.models.weights import load_weights
 from shared.parallel.group import Group, GroupError
 from shared.parallel.partition import Partition
 from shared.parallel.sharding import Shard

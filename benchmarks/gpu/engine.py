@@ -36,7 +36,8 @@ from shared.config import load_config
 from shared.engine import Engine, EnginePlan
 from shared.kv_cache import KvLayout
 from shared.model_files import ModelFiles, Weights
-from shared.models.weights import ModelWeights, load_weights
+from shared.models.loading import load_weights
+from shared.models.weights import ModelWeights
 from shared.penalties import SampleRow
 from shared.policies.table import architecture_of
 from shared.sampling_params import SamplingParams

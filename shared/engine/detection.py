@@ -24,7 +24,7 @@ from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelError
 from shared.models.architecture import Architecture
 from shared.models.decoder import Decoder
-from shared.models.weights import load_weights
+from shared.models.loading import load_weights
 from shared.policies.detect import candidates
 from shared.policies.policy import Policy, UnsupportedModelError
 

@@ -16,8 +16,8 @@ from shared.checkpoint import Checkpoint, CheckpointError
 from shared.checkpoint.state_dict import StateDictCheckpoint
 from shared.engine.quant_options import QuantOptions, parameter_names
 from shared.models.encoder import Encoder
+from shared.models.loading import load_weights
 from shared.models.ranks import Ranks
-from shared.models.weights import load_weights
 from shared.parallel.group import Group
 from shared.parallel.partition import Partition
 from shared.parallel.sharding import Shard

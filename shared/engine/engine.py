@@ -25,8 +25,9 @@ from shared.graphs import EagerRunner, GraphRunner, Launch, ReplayRunner
 from shared.kv_cache import KvCache
 from shared.models.decoder import Decoder
 from shared.models.expert_ranks import ExpertRanks
+from shared.models.loading import load_weights, packing_of
 from shared.models.ranks import Ranks
-from shared.models.weights import ModelWeights, load_weights, packing_of
+from shared.models.weights import ModelWeights
 from shared.packed_weights import MIN_BYTES, share_packed
 from shared.parallel.expert_groups import ExpertGroups
 from shared.parallel.experts import ExpertPartition, expert_shard_of

@@ -40,7 +40,7 @@ from shared.engine.ranks import expert_groups_of, group_of, same_random_state
 from shared.engine.saving import quantized_of, save
 from shared.model_files import find_weights, read_json
 from shared.models.architecture import Architecture
-from shared.models.weights import load_weights
+from shared.models.loading import load_weights
 from shared.parallel.group import Group
 from shared.parallel.sharding import Shard
 from shared.policies.injected import as_injected

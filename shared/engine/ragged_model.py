@@ -27,7 +27,8 @@ from shared.engine.plan import EnginePlan
 from shared.model_files import ModelFiles, find_weights, hash_file, model_digest, read_json
 from shared.model_store import ModelStore
 from shared.models.architecture import Architecture
-from shared.models.weights import ModelWeights, load_weights, packing_of
+from shared.models.loading import load_weights, packing_of
+from shared.models.weights import ModelWeights
 from shared.policies.table import POLICIES
 
 FORMAT = "tandem-ragged"

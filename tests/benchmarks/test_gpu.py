@@ -17,7 +17,7 @@ from benchmarks.gpu.engine import make_plan, prefill_flops
 from benchmarks.gpu.interference import _check_used, multi_process_service
 from benchmarks.gpu.results import COPY, Figure, Results, slug, table
 from benchmarks.gpu.shapes import FULL, LLAMA_8B, SMOKE, SMOLLM2_135M, RandomCheckpoint, parameter_shapes
-from shared.models.weights import load_weights
+from shared.models.loading import load_weights
 from shared.policies.table import architecture_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent

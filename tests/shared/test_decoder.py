@@ -24,8 +24,8 @@ from shared.config import QuantizationMode
 from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights
 from shared.models.decoder import Decoder
+from shared.models.loading import load_weights
 from shared.models.quantization import QuantizationPlan
-from shared.models.weights import load_weights
 from shared.policies.table import architecture_of
 from tests.tiny_models import smollm2, tiny_model
 

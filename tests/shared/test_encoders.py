@@ -14,7 +14,7 @@ from shared.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from shared.checkpoint.state_dict import StateDictCheckpoint
 from shared.model_files import ModelFiles, find_weights
 from shared.models.encoder import Encoder
-from shared.models.weights import load_weights
+from shared.models.loading import load_weights
 from shared.policies.clip import CLIP_TEXT, CLIP_VISION
 from shared.policies.policy import UnsupportedModelError
 from shared.policies.table import architecture_of

@@ -15,8 +15,9 @@ from shared.checkpoint import open_any
 from shared.checkpoint.slices import part_of, shape_of
 from shared.checkpoint.state_dict import StateDictCheckpoint
 from shared.model_files import read_json
+from shared.models.loading import load_weights
 from shared.models.quantization import QuantizationPlan
-from shared.models.weights import ModelWeights, load_weights
+from shared.models.weights import ModelWeights
 from shared.parallel.experts import ExpertPartition, ExpertShard
 from shared.policies.table import architecture_of
 from tests.megatron_moe import MegatronMoe

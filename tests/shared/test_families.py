@@ -17,7 +17,7 @@ from shared.engine import init_inference
 from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights
 from shared.models.decoder import Decoder
-from shared.models.weights import load_weights
+from shared.models.loading import load_weights
 from shared.policies.table import POLICIES, architecture_of
 from tests.tiny_models import KINDS, tiny_model
 

@@ -16,8 +16,8 @@ from shared.graphs import ReplayRunner
 from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights, read_json
 from shared.models.decoder import Decoder
+from shared.models.loading import load_weights
 from shared.models.quantization import QuantizationPlan
-from shared.models.weights import load_weights
 from shared.policies.table import architecture_of
 
 NUM_BLOCKS, BLOCK_TOKENS, MAX_SEQUENCES = 40, 16, 13

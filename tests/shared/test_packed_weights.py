@@ -22,8 +22,9 @@ from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights
 from shared.model_store import ModelStore
 from shared.models.decoder import Decoder
+from shared.models.loading import load_weights, packing_of
 from shared.models.quantization import QuantizationPlan
-from shared.models.weights import ModelWeights, load_weights, packing_of
+from shared.models.weights import ModelWeights
 from shared.packed_weights import share_packed
 from shared.policies.table import architecture_of
 

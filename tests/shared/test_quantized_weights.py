@@ -21,8 +21,9 @@ from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights
 from shared.models.architecture import Architecture
 from shared.models.decoder import Decoder
+from shared.models.loading import load_weights
 from shared.models.quantization import QuantizationPlan
-from shared.models.weights import ModelWeights, load_weights
+from shared.models.weights import ModelWeights
 from shared.policies.table import architecture_of, policy_for
 from tests.live_bytes import LiveBytes, bytes_of
 from tests.tiny_models import deep_model, tiny_model

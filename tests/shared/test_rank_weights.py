@@ -21,8 +21,9 @@ from shared.checkpoint.state_dict import StateDictCheckpoint
 from shared.config import QuantizationMode
 from shared.model_files import read_json
 from shared.models.architecture import Architecture
+from shared.models.loading import load_weights
 from shared.models.quantization import QuantizationPlan
-from shared.models.weights import ModelWeights, Norm, load_weights
+from shared.models.weights import ModelWeights, Norm
 from shared.parallel.partition import Partition
 from shared.parallel.sharding import Shard
 from shared.policies.table import architecture_of

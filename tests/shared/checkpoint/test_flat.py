@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from kernels.quantization import Integers
 from shared.checkpoint import CheckpointError, FlatCheckpoint, open_any, save_flat
-from shared.models.weights import ModelWeights, load_weights
+from shared.models.loading import load_weights
+from shared.models.weights import ModelWeights
 from shared.policies.table import architecture_of
 from tests.shared.checkpoint.test_safetensors import files_in
 from tests.tiny_models import tiny_model

@@ -15,9 +15,9 @@ from shared.gguf_header import GgufError, read_gguf_header
 from shared.model_convert import ConversionError, convert_gguf, convert_tokenizer
 from shared.model_files import ModelFiles, Weights
 from shared.models.architecture import Rope
+from shared.models.loading import load_weights
 from shared.models.quantization import QuantizationPlan
 from shared.models.rope import inverse_frequencies
-from shared.models.weights import load_weights
 from shared.policies.table import architecture_of
 from tests.tiny_models import gguf_state_dict, tiny_gguf, tiny_model, tiny_tokenizer, write_gguf
 

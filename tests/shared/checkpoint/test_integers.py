@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from kernels.quantization import Integers
 from shared.checkpoint import Checkpoint, CheckpointError, MappingCheckpoint, Sizes, open_any
 from shared.checkpoint.integers import as_parts, of_pair
+from shared.models.loading import load_weights
 from shared.models.quantization import QuantizationPlan
-from shared.models.weights import load_weights
 from shared.policies.table import architecture_of
 from tests.shared.checkpoint.test_safetensors import files_in
 from tests.tiny_models import tiny_model

@@ -24,7 +24,7 @@ from shared.checkpoint import (
     save_mp_checkpoint,
 )
 from shared.model_files import ModelFiles, Weights
-from shared.models.weights import load_weights
+from shared.models.loading import load_weights
 from shared.policies.table import architecture_of
 from tests.shared.checkpoint.test_tensor_parallel import TABLE, model, split
 from tests.tiny_models import tiny_model

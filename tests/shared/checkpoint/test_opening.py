@@ -20,7 +20,7 @@ from shared.checkpoint import (
     save_mp_checkpoint,
 )
 from shared.model_files import ModelError
-from shared.models.weights import load_weights
+from shared.models.loading import load_weights
 from shared.policies.table import architecture_of
 from tests.shared.checkpoint.test_safetensors import files_in
 from tests.shared.checkpoint.test_training_folder import write as write_training

@@ -12,7 +12,7 @@ from kernels.quantization import Integers, floats_of
 from shared.checkpoint import CheckpointError, SafetensorsCheckpoint, open_checkpoint
 from shared.checkpoint.integers import as_parts
 from shared.model_files import ModelFiles, find_weights
-from shared.models.weights import load_weights
+from shared.models.loading import load_weights
 from shared.policies.table import architecture_of
 from tests.shared.test_model_store import sharded
 from tests.tiny_models import tiny_model

@@ -28,7 +28,8 @@ from shared.kv_cache import KvCache, KvLayout
 from shared.model_files import ModelFiles, find_weights
 from shared.models.architecture import Architecture
 from shared.models.decoder import Decoder
-from shared.models.weights import LayerWeights, ModelWeights, load_weights
+from shared.models.loading import load_weights
+from shared.models.weights import LayerWeights, ModelWeights
 from shared.models.weights import Norm as NormWeights
 from shared.policies.table import architecture_of
 from tests.tiny_models import tiny_model
