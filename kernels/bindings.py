@@ -44,13 +44,17 @@ def _on_a_cpu(op: str, dtype: str) -> str:
     if op in _ON_A_CPU:
         return _ON_A_CPU[op]
     instructions = library.instruction_set()
-    if op in _PAIRS and dtype == "bfloat16" and instructions == "AVX-512 BF16":
-        return f"C ({_PAIRS[op]}), {instructions}: dot products of bfloat16 pairs"
-    sources = "moe.c, linear.c" if op == "moe" else f"{op}.c"
-    return f"C ({sources}), {instructions}"
+    has_pairs = op in _PAIRS and dtype == "bfloat16" and instructions == "AVX-512 BF16"
+    sources = [_PAIRS[op] if has_pairs else "linear.c" if op == "moe" else f"{op}.c"]
+    if op == "moe":
+        sources.insert(0, "moe.c")
+    if op in ("linear", "moe"):  # of weights whose rows are int8 too
+        sources.append("linear_integers.c")
+    return f"C ({', '.join(sources)}), {instructions}{': dot products of bfloat16 pairs' * has_pairs}"
 
 
 def _on_cuda(op: str) -> str:
     if not (_FOLDER / "cuda" / f"{op}.py").is_file():
         return "torch, when weights are loaded"
-    return f"Triton (cuda/{op}.py)"
+    more = ", cuda/quantized_experts.py" if op == "moe" else ""
+    return f"Triton (cuda/{op}.py{more})"
