@@ -45,7 +45,8 @@ class SequenceState:
     def take(cls, kv: KvCache, blocks: Sequence[int], num_tokens: int) -> SequenceState:
         """Copies the tokens' blocks out of a pool. blocks: of the sequence, from its first token on."""
         held = torch.tensor(blocks[: -(-num_tokens // kv.layout.block_tokens)], dtype=torch.int64)
-        return cls(kv.layout, gather_blocks(kv.pool, held.to(kv.pool.device)).cpu(), num_tokens)
+        with torch.cuda.device_of(kv.pool):  # ops are launched on the current device, and this may be another rank's
+            return cls(kv.layout, gather_blocks(kv.pool, held.to(kv.pool.device)).cpu(), num_tokens)
 
     @classmethod
     def joined(cls, states: Sequence[SequenceState]) -> SequenceState:
@@ -111,18 +112,19 @@ class SequenceState:
                 kv.pool[block].copy_(content)
             return
         device = kv.pool.device
-        transfer_tokens(
-            self.blocks.to(device),
-            self.layout.format,
-            torch.arange(len(self.blocks), dtype=torch.int32, device=device),
-            0,
-            kv.pool,
-            kv.layout.format,
-            torch.tensor(blocks, dtype=torch.int32, device=device),
-            0,
-            self.num_tokens,
-            source_head=kv.layout.first_kv_head - self.layout.first_kv_head,
-        )
+        with torch.cuda.device_of(kv.pool):
+            transfer_tokens(
+                self.blocks.to(device),
+                self.layout.format,
+                torch.arange(len(self.blocks), dtype=torch.int32, device=device),
+                0,
+                kv.pool,
+                kv.layout.format,
+                torch.tensor(blocks, dtype=torch.int32, device=device),
+                0,
+                self.num_tokens,
+                source_head=kv.layout.first_kv_head - self.layout.first_kv_head,
+            )
 
     def _planes(self) -> Tensor:
         """[blocks, layers * 2, heads, plane_bytes]"""

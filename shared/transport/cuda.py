@@ -119,12 +119,13 @@ class CudaDriver:
         kind = self._driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         return int(self._call("cuMemExportToShareableHandle", memory, kind, 0))
 
-    def map_descriptor(self, fd: int, size: int) -> int:
-        """Maps another process's memory for reading -> address. The descriptor stays the caller's to close."""
+    def map_descriptor(self, fd: int, size: int, *, writes: bool = False) -> int:
+        """Maps another process's memory for reading, or for writing too -> address. The descriptor stays the caller's
+        to close."""
         kind = self._driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
         memory = self._call("cuMemImportFromShareableHandle", fd, kind)
         try:
-            return self._map(memory, size, "PROT_READ")
+            return self._map(memory, size, "PROT_READWRITE" if writes else "PROT_READ")
         finally:
             self._call("cuMemRelease", memory)  # the mapping keeps it
 
@@ -167,8 +168,7 @@ class CudaDriver:
 
     def done(self, event: int) -> bool:
         """Whether the event, as it was last recorded, is done."""
-        self._driver.cuCtxSetCurrent(self._context)
-        status, *_ = self._driver.cuEventQuery(event)
+        status, *_ = self._answer("cuEventQuery", event)
         if status == self._driver.CUresult.CUDA_ERROR_NOT_READY:
             return False
         self._check("cuEventQuery", status)
@@ -230,11 +230,20 @@ class CudaDriver:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """A call's value, or its values; nothing for one that has none."""
-        if self._context is not None:
-            self._driver.cuCtxSetCurrent(self._context)  # a thread of ours may never have had one
-        status, *values = getattr(self._driver, name)(*arguments)
+        status, *values = self._answer(name, *arguments)
         self._check(name, status)
         return values[0] if len(values) == 1 else tuple(values)
+
+    def _answer(self, name: str, *arguments: Any) -> Any:
+        """A call's status and values. For as long the thread has this device's context: it may have never had one, or
+        compute on another device, as torch takes it from the thread's context."""
+        if self._context is None:
+            return getattr(self._driver, name)(*arguments)
+        self._check("cuCtxPushCurrent", *self._driver.cuCtxPushCurrent(self._context))
+        try:
+            return getattr(self._driver, name)(*arguments)
+        finally:
+            self._driver.cuCtxPopCurrent()
 
     def _check(self, name: str, status: Any) -> None:
         if status != self._driver.CUresult.CUDA_SUCCESS:

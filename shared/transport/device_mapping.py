@@ -6,9 +6,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tandem.v1 import kv_pb2
+from torch import Tensor
 
 from shared.rpc import unavailable
 from shared.transport.cuda import HANDLE_BYTES, CudaDriver, CudaError
@@ -21,30 +22,24 @@ LOOK_S = 1e-4  # between two looks at a peer's event
 
 
 class DeviceMapping:
-    """The first num_bytes of a peer's device memory, for reading, until `close`.
+    """The first num_bytes of a peer's device memory, for devices of this process to read, until `close`."""
 
-    tensor: uint8 [num_bytes].
-    """
-
-    def __init__(self, driver: CudaDriver, handle: kv_pb2.CudaIpcHandle, epoch: int, num_bytes: int) -> None:
-        """Blocks. Raises OSError saying what is in the way."""
+    def __init__(self, drivers: Sequence[CudaDriver], handle: kv_pb2.CudaIpcHandle, epoch: int, num_bytes: int) -> None:
+        """drivers: of the devices that read it. Blocks. Raises OSError saying what is in the way."""
         _check(handle, num_bytes)
-        driver.reach(handle.device_uuid)
+        for driver in drivers:
+            driver.reach(handle.device_uuid)
         fd, self._lifeline = attach(handle.socket_path, epoch, handle.num_bytes)
-        self._driver = driver
+        self._driver = drivers[0]
         self._gone = threading.Event()
         self._opened = bool(handle.handle)  # else mapped by its descriptor
-        self._address, self._size, self._events = 0, handle.num_bytes, list[int]()
+        self._mapped: list[tuple[CudaDriver, int, int]] = []  # where, and of what size
+        self._tensors: dict[str, Tensor] = {}
+        self._events: list[int] = []
         try:
-            if self._opened:
-                self._address, self._size = driver.open_handle(handle.handle)
-            elif fd is not None:
-                self._address = driver.map_descriptor(fd, self._size)
-            else:
-                raise OSError(f"{handle.socket_path} passed no descriptor")
-            if self._size < num_bytes:
-                raise OSError(f"the handle is one of {self._size} bytes, not of {num_bytes}")
-            self.tensor = driver.tensor(self._address, num_bytes)
+            for driver in drivers:
+                if driver.uuid not in self._tensors:
+                    self._tensors[driver.uuid] = driver.tensor(self._map(driver, handle, fd, num_bytes), num_bytes)
             self._open_events(list(handle.event_handles))
         except BaseException:
             self.close()
@@ -52,6 +47,15 @@ class DeviceMapping:
         finally:
             if fd is not None:
                 os.close(fd)
+
+    def on(self, driver: CudaDriver) -> Tensor:
+        """uint8 [num_bytes] as one of the devices reads it."""
+        return self._tensors[driver.uuid]
+
+    @property
+    def tensor(self) -> Tensor:
+        """As the first of the devices reads it."""
+        return self.on(self._driver)
 
     @property
     def waits(self) -> bool:
@@ -87,12 +91,26 @@ class DeviceMapping:
         for event in self._events:
             self._driver.destroy_event(event)
         self._events.clear()
-        if self._address:
-            address, self._address = self._address, 0
+        while self._mapped:
+            driver, address, size = self._mapped.pop()
             if self._opened:
-                self._driver.close_handle(address)
+                driver.close_handle(address)
             else:
-                self._driver.unmap(address, self._size)
+                driver.unmap(address, size)
+
+    def _map(self, driver: CudaDriver, handle: kv_pb2.CudaIpcHandle, fd: int | None, num_bytes: int) -> int:
+        """Where the memory is, as the device has it now."""
+        size = handle.num_bytes
+        if self._opened:
+            address, size = driver.open_handle(handle.handle)
+        elif fd is not None:
+            address = driver.map_descriptor(fd, size)
+        else:
+            raise OSError(f"{handle.socket_path} passed no descriptor")
+        self._mapped.append((driver, address, size))
+        if size < num_bytes:
+            raise OSError(f"the handle is one of {size} bytes, not of {num_bytes}")
+        return address
 
     def _open_events(self, handles: list[bytes]) -> None:
         try:

@@ -2,12 +2,14 @@
 
     pool = DevicePool(driver, num_blocks * layout.block_bytes, export="descriptor")
     kv = KvCache(layout, num_blocks, memory=pool.tensor)
+    memory = MappedDeviceMemory(driver, fd, pool.size, pool.num_bytes)     # a rank of the same worker
 
 What the device was told to do is not done yet: a mark names a moment in it, and others wait for it by events.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -26,7 +28,9 @@ class DevicePool:
 
     def __init__(self, driver: CudaDriver, num_bytes: int, *, export: Export = "descriptor") -> None:
         if export == "descriptor" and not driver.passes_descriptors():
-            raise CudaError(f"{driver.uuid} cannot pass memory as a descriptor; set transport.cuda_export: handle")
+            raise CudaError(
+                f"{driver.uuid} cannot pass memory as a descriptor; set transport.cuda_export: handle, and tp: 1"
+            )
         self.driver = driver
         self.num_bytes = num_bytes
         self._memory: int | None = None
@@ -118,3 +122,29 @@ class DevicePool:
         if not 0 <= mark <= self._mark:
             raise ValueError(f"mark {mark} was never set; the last is {self._mark}")
         return self._events[mark % NUM_EVENTS] if mark else None
+
+
+class MappedDeviceMemory:
+    """The memory of a pool as a rank of the same worker sees it, mapped on its device for reading and writing, for as
+    long as its process lives."""
+
+    def __init__(self, driver: CudaDriver, fd: int, size: int, num_bytes: int) -> None:
+        """fd: DevicePool.descriptor, taken over. size: DevicePool.size. Raises OSError."""
+        try:
+            if size < num_bytes:
+                raise OSError(f"the pool's memory has {size} bytes, not {num_bytes}")
+            address = driver.map_descriptor(fd, size, writes=True)
+        finally:
+            os.close(fd)
+        self._driver = driver
+        self._told = driver.create_event()
+        self.tensor: Tensor = driver.tensor(address, num_bytes)
+
+    def mark(self) -> int:
+        """0: the leading rank says that a step is done once every rank's is, by `settle`."""
+        return 0
+
+    def settle(self) -> None:
+        """This thread waits until the device has computed what this process told it."""
+        self._driver.record(self._told, COMPUTE)
+        self._driver.synchronize(self._told)

@@ -220,9 +220,8 @@ def _map(
 ) -> Mapping | DeviceMapping:
     """Maps a pool, and moves a block out of it to every target. Blocks; raises OSError."""
     if handle.HasField("cuda_ipc"):
-        target = used[0][0]
-        assert isinstance(target, DeviceTarget)
-        mapping = DeviceMapping(target.driver, handle.cuda_ipc, epoch, num_bytes)
+        drivers = [target.driver for target, _ in used if isinstance(target, DeviceTarget)]
+        mapping = DeviceMapping(drivers, handle.cuda_ipc, epoch, num_bytes)
     else:
         path, staged = handle.shared_memory.socket_path, handle.shared_memory.staged
         mapping = Mapping(path, epoch, num_bytes, staged=staged)

@@ -1,10 +1,12 @@
 """A KV pool and the memory that it lies in. A worker has one; ranks that compute one model in parallel have one each.
 
 All of a worker's pools belong to it, and have the same number of blocks: block 7 of the worker is block 7 in each.
+So have they the same marks (device_pool.py): mark 7 of the worker is mark 7 of each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -47,3 +49,19 @@ class Pool:
         if self.device is not None:
             self.device.close()
         self.memory.close()
+
+
+def mark(pools: Sequence[Pool]) -> int:
+    """Marks this moment in what this process has told the devices of a worker's pools: one number names it on each.
+
+    0 for pools in host memory. All marks of these pools are set here.
+    """
+    [mark] = {0 if pool.device is None else pool.device.mark() for pool in pools}
+    return mark
+
+
+def settle(pools: Sequence[Pool], mark: int) -> None:
+    """This thread waits until the pools' devices have passed a mark. ValueError for one that was never set."""
+    for pool in pools:
+        if pool.device is not None:
+            pool.device.settle(mark)

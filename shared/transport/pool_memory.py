@@ -111,6 +111,9 @@ class MappedMemory:
         """0: what a CPU was told to compute is done."""
         return 0
 
+    def settle(self) -> None:
+        """Nothing is left to wait for, as `mark` says."""
+
 
 def _create(name: str) -> int:
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING

@@ -134,7 +134,7 @@ class DeviceTarget:
                 for table in (move.source, move.target)
             ]
             if isinstance(source, DeviceMapping):
-                _transfer(source.tensor, pool, self.layout.format, move, tables, 0, move.num_tokens)
+                _transfer(source.on(driver), pool, self.layout.format, move, tables, 0, move.num_tokens)
                 return
             blocks = source.view(-1, move.layout.block_bytes)[torch.tensor(move.source)].to(device)
             tables[0] = torch.arange(len(move.source), dtype=torch.int32, device=device)

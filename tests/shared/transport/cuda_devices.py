@@ -41,8 +41,8 @@ class Gpu(CudaDriver):
         address, size, memory = super().create(num_bytes)
         return self._give("memory", address), size, memory
 
-    def map_descriptor(self, fd: int, size: int) -> int:
-        return self._give("memory", super().map_descriptor(fd, size))
+    def map_descriptor(self, fd: int, size: int, *, writes: bool = False) -> int:
+        return self._give("memory", super().map_descriptor(fd, size, writes=writes))
 
     def unmap(self, address: int, size: int) -> None:
         super().unmap(address, size)

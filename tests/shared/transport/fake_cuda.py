@@ -37,7 +37,7 @@ POISON = 0xDD
 
 
 class FakeCuda:
-    """The methods of shared.transport.cuda.CudaDriver.
+    """The methods of shared.transport.cuda.CudaDriver. What is mapped to be read ends the process that writes there.
 
     peers: devices whose memory this one can read. visible: devices that this process sees beside it. shares_events:
     whether events can be opened here, which needs what containers may not have.
@@ -140,10 +140,10 @@ class FakeCuda:
             raise CudaError("cuMemExportToShareableHandle: invalid argument")
         return os.dup(held.fd)
 
-    def map_descriptor(self, fd: int, size: int) -> int:
+    def map_descriptor(self, fd: int, size: int, *, writes: bool = False) -> int:
         if os.fstat(fd).st_size != size:
             raise CudaError("cuMemMap: invalid argument: another size")
-        return self._map(fd, size, "descriptor")
+        return self._map(fd, size, "descriptor", writable=writes)
 
     def unmap(self, address: int, size: int) -> None:
         if size != self._memory[address].size:
@@ -224,7 +224,7 @@ class FakeCuda:
             self._memory[memory.address] = memory
         return memory.address
 
-    def _map(self, fd: int, size: int, kind: str) -> int:
+    def _map(self, fd: int, size: int, kind: str, *, writable: bool = False) -> int:
         name = os.readlink(f"/proc/self/fd/{fd}")
         self.reach(name.split()[1])
         with self._lock:
@@ -232,7 +232,7 @@ class FakeCuda:
                 raise CudaError("cuIpcOpenMemHandle: already mapped in this process")
             if any(memory.name == name for memory in self._memory.values()):
                 raise CudaError("cuIpcOpenMemHandle: invalid device context: it was made here")
-            memory = _Memory(os.dup(fd), size, kind, writable=False)
+            memory = _Memory(os.dup(fd), size, kind, writable=writable)
             self._memory[memory.address] = memory
             self.opened.append(name)
         return memory.address

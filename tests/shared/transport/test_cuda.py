@@ -25,8 +25,9 @@ def asked() -> set[str]:
     """Every name that cuda.py takes from the driver's bindings, the members of its enums as Enum.MEMBER."""
     names = set()
     for node in ast.walk(ast.parse(Path(cuda.__file__).read_text())):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self._call":
-            names.add(ast.literal_eval(node.args[0]) if isinstance(node.args[0], ast.Constant) else "")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("self._call", "self._answer"):
+            if ast.unparse(node.args[0]) != "name":  # what one of the two passes on
+                names.add(ast.literal_eval(node.args[0]) if isinstance(node.args[0], ast.Constant) else "")
         elif isinstance(node, ast.Attribute):
             base, _, name = ast.unparse(node).removeprefix("self._driver.").removeprefix("driver.").partition(".")
             if base.startswith(("cu", "CU")) and ast.unparse(node) != base:
@@ -38,8 +39,8 @@ def test_every_name_is_one_of_the_bindings():
     names = asked()
     members = {f"CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_{protection}" for protection in PROTECTIONS}
     known = {
-        "cuInit", "cuMemImportFromShareableHandle", "cuIpcOpenMemHandle", "cuEventQuery", "cuCtxSetCurrent",
-        "CUipcMemHandle", "CUmemAccessDesc", "CUresult.CUDA_ERROR_NOT_READY", "CUmemAccess_flags",
+        "cuInit", "cuMemImportFromShareableHandle", "cuIpcOpenMemHandle", "cuEventQuery", "cuCtxPushCurrent",
+        "cuCtxPopCurrent", "CUipcMemHandle", "CUmemAccessDesc", "CUresult.CUDA_ERROR_NOT_READY", "CUmemAccess_flags",
         "CUevent_flags", "CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE",
     }  # fmt: skip
     assert known <= names
@@ -71,7 +72,8 @@ class Recording:
         }
 
         def call(*arguments: object) -> tuple[object, ...]:
-            assert len(arguments) == real.__doc__.splitlines()[0].partition("(")[2].count(", ") + 1, name
+            parameters = real.__doc__.splitlines()[0].partition("(")[2].removesuffix(")")
+            assert len(arguments) == len(parameters.split(", ") if parameters else ()), name
             self.calls.append((name, *arguments))
             return driver.CUresult.CUDA_SUCCESS, *results.get(name, [])
 
@@ -103,6 +105,23 @@ def test_a_peers_memory_is_mapped_for_this_device_to_read():
     assert (access.location.type, access.location.id) == (driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE, 3)
     assert access.flags == driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ
     assert int(calls.of("cuMemRelease")[0]) == 5
+
+
+def test_a_rank_maps_its_pool_to_write_too():
+    device, calls = recorded()
+    assert device.map_descriptor(17, 4 << 20, writes=True) == 0x7000
+    [access] = calls.of("cuMemSetAccess")[2]
+    assert access.flags == driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+
+
+def test_a_thread_has_its_own_context_again_after_each_call():
+    """With pools on several devices, torch would compute on that of the last call."""
+    device, calls = recorded()
+    device.destroy_event(1)
+    assert device.done(2)
+    assert [name for name, *_ in calls.calls] == [
+        "cuCtxPushCurrent", "cuEventDestroy", "cuCtxPopCurrent", "cuCtxPushCurrent", "cuEventQuery", "cuCtxPopCurrent"
+    ]  # fmt: skip
 
 
 def test_memory_is_made_in_whole_pieces_that_can_be_passed():
