@@ -85,13 +85,17 @@ def visibility(surroundings: Surroundings) -> Iterator[Finding]:
     visible = surroundings.environment.get("CUDA_VISIBLE_DEVICES")
     if not count:
         return
-    if visible is None:
-        yield ok("gpu visibility", f"all {count} GPUs" if count > 1 else "the GPU is visible")
-        return
     # CUDA reads the list up to the first that is none
-    named = [name.strip() for name in visible.split(",")]
+    named = [str(i) for i in range(count)] if visible is None else [name.strip() for name in visible.split(",")]
     shown = next((i for i, name in enumerate(named) if not name or name.startswith("-")), len(named))
-    if shown == 0:
+    config = surroundings.config
+    ranks = max(config.tp_of(config.prefill), config.tp_of(config.decode)) if surroundings.needs_gpu else 1
+    if 0 < shown < ranks:
+        text = f"CUDA shows {shown} GPUs, and a worker of tp {ranks} takes one for each of its ranks"
+        yield error("gpu visibility", "too few GPUs", text, ranks=ranks)
+    elif visible is None:
+        yield ok("gpu visibility", f"all {count} GPUs" if count > 1 else "the GPU is visible")
+    elif shown == 0:
         text = f"CUDA_VISIBLE_DEVICES={visible} hides every GPU from CUDA"
         yield fault(surroundings.needs_gpu, "gpu visibility", "GPUs hidden", text)
     elif shown < count:

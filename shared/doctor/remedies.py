@@ -82,6 +82,7 @@ REMEDIES: dict[str, str] = {
     "capabilities missing": "{settings:gpu capabilities}",
     "GPUs not given": "{settings:gpu visibility}",
     "GPUs hidden": "unset CUDA_VISIBLE_DEVICES   # or let it name every GPU that a worker's pool lies on",
+    "too few GPUs": "let CUDA_VISIBLE_DEVICES name {ranks} GPUs, and the container have them, or set a smaller `tp`",
     "GPUs in another order": "{settings:gpu order}",
     "MIG": "nvidia-smi -i {gpus} -mig 0   # with nothing running there; where MIG is meant, nothing is to be done",
     "no peer access": (

@@ -102,6 +102,13 @@ PROVOKED: dict[str, tuple[Check, Level, Callable[[Path], Surroundings], str, str
         "shows 1 of 2 GPUs",
         "unset CUDA_VISIBLE_DEVICES",
     ),
+    "too few GPUs": (
+        gpu_driver.visibility,
+        "error",
+        lambda p: host(p, CUDA, "decode.tp=3", nvml=FakeNvml(TWO)),
+        "CUDA shows 2 GPUs, and a worker of tp 3 takes one for each",
+        "let CUDA_VISIBLE_DEVICES name 3 GPUs",
+    ),
     "GPUs in another order": (
         gpus.order,
         "warning",
@@ -212,6 +219,13 @@ def test_what_cuda_visible_devices_shows(visible: str, level: str, tmp_path: Pat
     surroundings = host(tmp_path, CUDA, nvml=FakeNvml(TWO), environment={"CUDA_VISIBLE_DEVICES": visible})
     [finding] = gpu_driver.visibility(surroundings)
     assert finding.level == level
+
+
+@pytest.mark.parametrize(("visible", "kind"), [("1", "too few GPUs"), ("1,0", "ok"), ("", "GPUs hidden")])
+def test_a_rank_takes_a_gpu(visible: str, kind: str, tmp_path: Path) -> None:
+    surroundings = host(tmp_path, CUDA, "tp=2", nvml=FakeNvml(TWO), environment={"CUDA_VISIBLE_DEVICES": visible})
+    [finding] = gpu_driver.visibility(surroundings)
+    assert kind in (finding.kind, finding.level)
 
 
 def test_a_newer_minor_version_of_cuda_runs_on_the_driver(tmp_path: Path) -> None:
