@@ -78,7 +78,8 @@ class Site:
         address: str,
     ) -> None:
         self.config = config
-        self.engine, self.pools, self.followers = engine, pools, _ = loaded
+        engine, pools = self.engine, self.pools = loaded.engine, loaded.pools
+        self.followers, self.group = loaded.followers, loaded.group
         # of the worker, whichever heads a rank has
         self.layout = KvLayout.joined([pool.layout for pool in pools]) if pools else engine.plan.layout
         self.worker_id = worker_id
@@ -93,6 +94,13 @@ class Site:
             block_tokens=engine.plan.layout.block_tokens,
             num_blocks=engine.plan.num_blocks - 1,
         )
+
+    async def abandon(self) -> None:
+        """Ends the other ranks, if any, and what this one waits for them in."""
+        if self.followers is not None:
+            self.followers.kill()
+        if self.group is not None:
+            await asyncio.to_thread(self.group.abort)
 
 
 class WorkerServer:
@@ -159,8 +167,8 @@ class WorkerServer:
         """Admits no more requests, gives those that run `drain_s` seconds, ends the rest and hands everything back."""
         self._site.board.drain()
         followers = self._site.followers
-        if followers is not None and self.failed.done():
-            followers.kill()  # the engine thread may wait for one of them
+        if self.failed.done():
+            await self._site.abandon()  # the engine thread may wait for one of them
         if self._watch:
             self._watch.cancel()
         await self._health.set(False)
@@ -175,7 +183,7 @@ class WorkerServer:
         if followers is not None:
             followers.unwatch()
             if is_lost:
-                followers.kill()
+                await self._site.abandon()
         await self._thread.stop()
         self._site.cores.leave()
         if followers is not None:

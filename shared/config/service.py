@@ -249,7 +249,9 @@ class TandemConfig(BaseSettings):
         default=None, description="tokens of prompt and output; default: the model's own"
     )
     tp: Ranks = Field(
-        default=1, description="processes that compute a worker's model in parallel, each with a slice of its heads"
+        default=1,
+        description="processes that compute a worker's model in parallel, each with a slice of its heads; on cuda "
+        "each on a GPU of its own",
     )
     threads: Positive | None = Field(
         default=None, description="CPU threads of each worker, all its ranks together; default: all cores"
@@ -311,10 +313,10 @@ class TandemConfig(BaseSettings):
                     f"{level}kv_dtype: {section.kv_dtype}, and dtype is {self.weights_dtype}: keys and values that are "
                     "not int8 or fp8 are kept as they are computed; use auto, or change one of the two"
                 )
-            if (section.tp or 1) > 1 and self.device == "cuda":
+            if (section.tp or 1) > 1 and self.device == "cuda" and self.transport.cuda_export == "handle":
                 raise ValueError(
-                    f"{level}tp: {section.tp}, and device is cuda: ranks compute on a CPU alone; use device: cpu, or a "
-                    "worker of tp 1 on each GPU"
+                    f"transport.cuda_export: handle, and {level}tp is {section.tp}: ranks map their pools by "
+                    "descriptor, so that is the way for other workers too; use descriptor"
                 )
         if self.quantization_exclude and self.quantization == "none":
             raise ValueError(

@@ -4,6 +4,10 @@ Each rank has a pool of its own heads. All of them belong to this worker: a rank
 the blocks that its entries name. The leading rank alone copies blocks, out of every pool and into it: within a pool and
 to host memory between two forwards, the other ranks having answered before a forward returns, and from other workers
 into blocks that no forward names yet. So no two ever write one block, and what is freed here is free on all ranks.
+
+On CUDA a process does not see what another has told their device. So a rank answers once its device has computed the
+forward, and the leading rank begins one once the others' devices have done what it had told them. A mark is one number
+for all pools (shared/transport/pool.py).
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from shared.parallel.group import Group, GroupError
 from shared.parallel.link import Kind
 from shared.parallel.start import TIMEOUT_S
 from shared.penalties import SampleRow
-from shared.transport.pool import Pool
+from shared.transport.pool import Pool, mark, settle
 
 
 class LeadingEngine(Engine):
@@ -34,9 +38,13 @@ class LeadingEngine(Engine):
         self, plan: EnginePlan, pools: Sequence[Pool], followers: Followers, *, weights: ModelWeights, group: Group
     ) -> None:
         """pools: of all ranks in their order. The followers have been told to JOIN."""
-        super().__init__(plan, pools[0].memory, weights=weights, group=group)
-        self._followers = followers
-        self._others = [KvCache(pool.layout, pool.num_blocks, memory=pool.memory.tensor) for pool in pools[1:]]
+        own, *others = (pool.device or pool.memory for pool in pools)
+        super().__init__(plan, own, weights=weights, group=group)
+        self._pools, self._followers = tuple(pools), followers
+        self._others = [
+            KvCache(pool.layout, pool.num_blocks, memory=memory.tensor)
+            for pool, memory in zip(pools[1:], others, strict=True)
+        ]
         self._expect()
 
     @property
@@ -48,12 +56,12 @@ class LeadingEngine(Engine):
         return f"{super().description}, {len(self.caches)} ranks"
 
     def warm_up(self) -> None:
-        self._followers.tell(Kind.WARM_UP)
+        self._tell(Kind.WARM_UP)
         super().warm_up()
         self._expect()
 
     def forward(self, entries: Sequence[BatchEntry]) -> Tensor:
-        self._followers.tell(Kind.FORWARD, encode_entries(entries))
+        self._tell(Kind.FORWARD, encode_entries(entries))
         try:
             logits = super().forward(entries)
         except GroupError:
@@ -66,10 +74,17 @@ class LeadingEngine(Engine):
     def step(self, entries: Sequence[BatchEntry], rows: Sequence[SampleRow]) -> tuple[list[int | None], Tensor]:
         return [None] * len(rows), self.forward(entries)
 
+    def mark(self) -> int:
+        return mark(self._pools)
+
     def close(self) -> None:
         for cache in self._others:
             cache.close()
         super().close()
+
+    def _tell(self, kind: Kind, body: bytes = b"") -> None:
+        settle(self._pools[1:], self.mark())
+        self._followers.tell(kind, body)
 
     def _expect(self) -> None:
         self._followers.expect(TIMEOUT_S)

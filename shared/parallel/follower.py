@@ -21,7 +21,9 @@ from shared.logs import configure_logs
 from shared.parallel.link import Kind, Link, rendezvous
 
 if TYPE_CHECKING:
-    from shared.engine import Engine
+    from shared.engine import Engine, EnginePlan
+    from shared.transport.device_pool import MappedDeviceMemory
+    from shared.transport.pool_memory import MappedMemory
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +37,9 @@ def serve(link: Link) -> None:
 
     kind, body = link.receive()
     assert kind is Kind.START
-    engine = _load(link, json.loads(body))
+    engine, memory = _load(link, json.loads(body))
     engine.use_thread()
-    cores = Cores.join()
+    cores = Cores.join() if engine.plan.device == "cpu" else Cores()
     link.send(Kind.DONE)
     while True:
         kind, body = link.receive()
@@ -50,11 +52,13 @@ def serve(link: Link) -> None:
             else:
                 assert kind is Kind.FORWARD
                 engine.forward(decode_entries(body))
+        # what the leading rank does with the pool from now on comes after it
+        memory.settle()
         link.send(Kind.DONE)
 
 
-def _load(link: Link, told: dict[str, Any]) -> Engine:
-    """The engine of a rank that has joined the others."""
+def _load(link: Link, told: dict[str, Any]) -> tuple[Engine, MappedMemory | MappedDeviceMemory]:
+    """The engine of a rank that has joined the others, and what its pool lies in."""
     config = TandemConfig(**told["config"])
     section = config.prefill if told["role"] == "prefill" else config.decode
     configure_logs(config.log_level)
@@ -64,18 +68,34 @@ def _load(link: Link, told: dict[str, Any]) -> Engine:
     from shared.model_store import ModelStore
     from shared.parallel.sharding import Shard
     from shared.parallel.start import start_group
-    from shared.transport.pool_memory import MappedMemory
 
     files = ModelStore().resolve(config.model, allow_pickle=config.allow_pickle)
     plan = EnginePlan.of(config, section, files, Shard(told["rank"], told["size"]))
-    memory = MappedMemory(told["memory"], plan.pool_bytes)
+    memory = _map(plan, told["rank"], *told["memory"])
     link.send(Kind.DONE)
     weights = load_plan(plan)
     link.send(Kind.DONE)
     kind, _ = link.receive()
     assert kind is Kind.JOIN
-    group = start_group(rank=told["rank"], size=told["size"], rendezvous=rendezvous(told["meeting"]))
-    return Engine(plan, memory, weights=weights, group=group)
+    group = start_group(
+        rank=told["rank"], size=told["size"], rendezvous=rendezvous(told["meeting"]), device=plan.device
+    )
+    return Engine(plan, memory, weights=weights, group=group), memory
+
+
+def _map(plan: EnginePlan, rank: int, descriptor: int, num_bytes: int) -> MappedMemory | MappedDeviceMemory:
+    """On a device it is that with the rank's number, which is this process's own from now on."""
+    if plan.device == "cpu":
+        from shared.transport.pool_memory import MappedMemory
+
+        return MappedMemory(descriptor, plan.pool_bytes)
+    import torch
+
+    from shared.transport.cuda import CudaDriver
+    from shared.transport.device_pool import MappedDeviceMemory
+
+    torch.cuda.set_device(rank)
+    return MappedDeviceMemory(CudaDriver(rank), descriptor, num_bytes, plan.pool_bytes)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The processes of a worker's ranks but the leading one, which is the worker's own and their parent.
 
-    followers = Followers.start({"config": ..., "role": "decode"}, memories)   # of ranks 1 and so on
+    followers = Followers.start({"config": ..., "role": "decode"}, memories)   # of the pools of ranks 1 and so on
     followers.expect()                                  # each has done what it was told, or GroupError with its words
     followers.tell(Kind.FORWARD, encode_entries(entries))
     followers.stop()
@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.parallel.group import GroupError
 from shared.parallel.link import Kind, Link, rendezvous
@@ -32,6 +32,13 @@ log = logging.getLogger(__name__)
 
 STOP_S = 10.0
 _ROOT = Path(__file__).resolve().parents[2]
+
+
+class RankMemory(NamedTuple):
+    """What a rank's pool lies in: a descriptor of this process, and the bytes to map."""
+
+    descriptor: int
+    num_bytes: int
 
 
 class Follower:
@@ -58,10 +65,10 @@ class Followers:
         self._watched: dict[int, asyncio.AbstractEventLoop] = {}
 
     @classmethod
-    def start(cls, settings: Mapping[str, Any], memories: Sequence[int]) -> Followers:
+    def start(cls, settings: Mapping[str, Any], memories: Sequence[RankMemory]) -> Followers:
         """Starts a process for each rank from 1 on, which begins to load.
 
-        settings: what each is told beside its rank, as JSON can say it. memories: descriptors of their pools' memory.
+        settings: what each is told beside its rank, as JSON can say it. memories: of their pools.
         The thread that calls has to live as long as they do: the kernel takes its end for that of the parent.
         """
         # where the ranks meet: a file without a name, which is gone with its last user
@@ -69,7 +76,7 @@ class Followers:
         followers: list[Follower] = []
         try:
             for rank, memory in enumerate(memories, 1):
-                followers.append(_start(rank, memory, meeting))
+                followers.append(_start(rank, memory.descriptor, meeting))
                 told = {**settings, "rank": rank, "size": len(memories) + 1, "memory": memory, "meeting": meeting}
                 followers[-1].link.send(Kind.START, json.dumps(told).encode())
         except BaseException:

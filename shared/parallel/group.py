@@ -6,7 +6,7 @@ added in the order of the ranks.
 
 A rank that dies closes its connections: with gloo the others' next call, or the one they wait in, raises GroupError at
 once. A rank that is stuck ends their wait after the timeout that the group was started with (start.py). NCCL notices
-either by the timeout alone, and its watchdog then ends the process.
+either by the timeout alone, and its watchdog then ends the process; who knows earlier calls `abort`.
 """
 
 from __future__ import annotations
@@ -122,6 +122,12 @@ class Group:
         for other in others:
             first += other
         return self.gather(first.to(out.dtype), widths, out)
+
+    def abort(self) -> None:
+        """Ends a wait for ranks that are gone, on this rank's device: on CPUs their closed connections end it. From any
+        thread; the group is of no more use."""
+        if self.device.type == "cuda":
+            self.process_group.abort()
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """What rank `source` has in x, contiguous, in place -> x."""

@@ -80,8 +80,10 @@ def test_a_broken_file_is_named(clean: Path):
         ),
         ({"tp": 0}, r"tp: .*greater than or equal to 1.*\(got 0\)"),
         ({"decode": {"tp": 65}}, r"decode.tp: .*less than or equal to 64"),
-        ({"tp": 2, "device": "cuda"}, "^tp: 2, and device is cuda: ranks compute on a CPU alone"),
-        ({"prefill": {"tp": 2}, "device": "cuda"}, r"prefill.tp: 2, and device is cuda"),
+        (
+            {"prefill": {"tp": 2}, "device": "cuda", "transport": {"cuda_export": "handle"}},
+            r"^transport.cuda_export: handle, and prefill.tp is 2: ranks map their pools by descriptor",
+        ),
         ({"prefill": {"chunk_tokens": 600}}, r"prefill.chunk_tokens: 600 exceeds prefill.batch_tokens \(512\)"),
         (
             {"decode": {"batch_tokens": 64}},
@@ -117,7 +119,10 @@ def test_a_role_has_the_common_blocks_unless_it_says_otherwise():
 def test_a_role_has_the_common_ranks_unless_it_says_otherwise():
     config = load_config(overrides={"tp": 2, "decode": {"tp": 1}})
     assert (config.tp_of(config.prefill), config.tp_of(config.decode)) == (2, 1)
-    assert load_config(overrides={"tp": 1, "device": "cuda"}).tp == 1
+    assert load_config(overrides={"tp": 2, "device": "cuda"}).tp == 2
+    by_handle = {"transport": {"cuda_export": "handle"}}
+    assert load_config(overrides={"tp": 1, "device": "cuda", **by_handle}).tp == 1
+    assert load_config(overrides={"tp": 2, "device": "cpu", **by_handle}).tp == 2
 
 
 def test_every_fault_is_told_at_once():

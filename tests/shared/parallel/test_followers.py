@@ -15,7 +15,7 @@ import pytest
 from shared.config import TandemConfig
 from shared.engine import EnginePlan
 from shared.model_store import ModelStore
-from shared.parallel.followers import Followers
+from shared.parallel.followers import Followers, RankMemory
 from shared.parallel.group import GroupError
 from shared.parallel.link import MAX_BYTES, Kind, Link
 from shared.parallel.sharding import Shard
@@ -64,6 +64,10 @@ def told(model: Path | str) -> dict[str, Any]:
     return {"config": config.model_dump(mode="json", exclude={"gateway", "auth", "up"}), "role": "decode"}
 
 
+def of(memory: PoolMemory) -> RankMemory:
+    return RankMemory(memory.descriptor, memory.num_bytes)
+
+
 def start_until_done(followers: Followers) -> None:
     """Mapped, and loaded."""
     for _ in range(2):
@@ -80,9 +84,9 @@ def test_a_rank_that_cannot_start_says_why_and_is_gone(tiny_model: Callable[[str
     plan = EnginePlan.of(config, config.decode, ModelStore().resolve(str(broken)), Shard(1, 2))
     small, right = PoolMemory(4096, is_sealed=False), PoolMemory(plan.pool_bytes, is_sealed=False)
     cases = {
-        "rank 1: ModelNotFoundError: .*/nowhere": Followers.start(told("/nowhere"), [small.descriptor]),
-        r"rank 1: OSError: the pool's memory has 4096 bytes, not": Followers.start(told(broken), [small.descriptor]),
-        r"rank 1: CheckpointError: .*model\.safetensors": Followers.start(told(broken), [right.descriptor]),
+        "rank 1: ModelNotFoundError: .*/nowhere": Followers.start(told("/nowhere"), [of(small)]),
+        r"rank 1: OSError: the pool's memory has 4096 bytes, not": Followers.start(told(broken), [of(small)]),
+        r"rank 1: CheckpointError: .*model\.safetensors": Followers.start(told(broken), [of(right)]),
     }
     try:
         for message, followers in cases.items():
@@ -99,7 +103,7 @@ def test_a_rank_that_cannot_start_says_why_and_is_gone(tiny_model: Callable[[str
 
 def test_a_killed_rank_is_named_with_its_signal(tiny_model: Callable[[str], Path]) -> None:
     memory = PoolMemory(4096, is_sealed=False)
-    followers = Followers.start(told(tiny_model("llama")), [memory.descriptor, memory.descriptor])
+    followers = Followers.start(told(tiny_model("llama")), [of(memory), of(memory)])
     followers._followers[1].process.kill()
     followers._followers[0].process.send_signal(signal.SIGSTOP)
     with pytest.raises(GroupError, match=r"rank 1 did not answer in 0\.1 s"):

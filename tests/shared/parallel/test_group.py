@@ -184,3 +184,19 @@ def test_an_environment_without_ranks_is_refused(environment: dict[str, str], me
 def test_ranks_that_do_not_come_are_missed(tmp_path: Path):
     with pytest.raises(GroupError, match="rank 0 of 2 found no others at file://"):
         start_group(rank=0, size=2, rendezvous=f"file://{tmp_path}/place", timeout_s=0.5)
+
+
+@pytest.mark.parametrize(("device", "calls"), [("cuda", 1), ("cpu", 0)])
+def test_a_wait_on_a_device_is_ended_by_hand(device: str, calls: int) -> None:
+    """NCCL's kernels wait for a rank that is gone; gloo sees its closed connections."""
+
+    class Process:
+        aborted = 0
+
+        def abort(self) -> None:
+            self.aborted += 1
+
+    group, process_group = object.__new__(Group), Process()
+    group.device, group.process_group = torch.device(device), process_group  # pyright: ignore[reportAttributeAccessIssue]
+    group.abort()
+    assert process_group.aborted == calls
