@@ -8,6 +8,7 @@ theirs do more than these do, and stay as they are.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Self
 
@@ -22,16 +23,16 @@ from shared.checkpoint.integers import serves
 from shared.models.quantization import Scheme
 
 
-class QuantizedModule(nn.Module):
+class QuantizedModule(nn.Module, ABC):
     """A layer without parameters of its own: what it has is packed, and is neither moved nor saved."""
 
     def __init__(self, shape: tuple[int, int], how: Quantization, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.shape, self.how, self.compute_dtype, self.device = shape, how, dtype, torch.device(device)
 
+    @abstractmethod
     def take(self, weight: Tensor | Integers, bias: Tensor | None = None) -> None:
         """weight: [out, in], or quantized already. Raises ValueError for another shape."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"{list(self.shape)}, {self.how}"
