@@ -12,7 +12,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import SecretStr
 from tandem.v1 import decode_pb2, decode_pb2_grpc, worker_pb2, worker_pb2_grpc
 
-from gateway.failure import write
 from shared.auth import OPEN, Access, RequireKey, send_key
 from shared.config import ApiKey
 from shared.rpc import Health, RpcError, connect, create_server, from_grpc, handler
@@ -64,8 +63,7 @@ async def watch(channel: grpc.aio.Channel) -> None:
 
 async def decode(channel: grpc.aio.Channel) -> None:
     call = decode_pb2_grpc.DecodeServiceStub(channel).Decode()
-    # grpc.aio's own would make INTERNAL of a call that is turned away before the message has left
-    await write(call, decode_pb2.DecodeRequest())
+    # nothing is sent: of a call that is turned away before a message has left grpc.aio's own write makes INTERNAL
     await call.done_writing()
     async for _ in call:
         pass
